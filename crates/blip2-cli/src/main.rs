@@ -1,0 +1,2 @@
+//! blip2
+fn main() {}

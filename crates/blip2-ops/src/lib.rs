@@ -1,0 +1,1 @@
+//! Differentiable tensor ops and weight formats.

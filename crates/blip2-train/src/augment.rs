@@ -1,0 +1,1 @@
+//! Train-time changes of pictures.

@@ -1,0 +1,1 @@
+//! Samples, shards and the mini set.

@@ -1,0 +1,16 @@
+//! Make a BLIP-2 model: data, losses, the training of both stages, evaluation.
+
+pub mod augment;
+pub mod checkpoint;
+pub mod data;
+mod error;
+pub mod eval;
+pub mod log;
+pub mod losses;
+pub mod optim;
+pub mod recipe;
+pub mod schedule;
+pub mod tensorboard;
+pub mod trainer;
+
+pub use error::{Error, Result};

@@ -1,0 +1,1 @@
+//! A recipe is one complete TOML file.

@@ -1,0 +1,1 @@
+//! Fetches and caches the parts of the mini model.

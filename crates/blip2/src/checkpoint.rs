@@ -1,0 +1,1 @@
+//! Weight names of other programs mapped to ours.

@@ -1,0 +1,1 @@
+//! Greedy, beam search and sampling over token ids.

@@ -1,0 +1,25 @@
+//! Use a BLIP-2 model: picture and text in, text, scores and embeddings out.
+//!
+//! ```text
+//! bytes ──image──▶ pixels ──vit──▶ patches ──qformer──▶ queries ──llm_proj, llm──▶ logits ──generate──▶ ids ──tokenizer──▶ text
+//! ```
+//!
+//! One model is one file; models never import each other; [`stage1`] and [`stage2`] put them together.
+
+pub mod assets;
+pub mod checkpoint;
+mod error;
+pub mod generate;
+pub mod image;
+pub mod llama;
+pub mod llm;
+pub mod nn;
+pub mod onnx;
+pub mod params;
+pub mod qformer;
+pub mod stage1;
+pub mod stage2;
+pub mod tokenizer;
+pub mod vit;
+
+pub use error::{Error, Result};

@@ -1,0 +1,1 @@
+//! The frozen language model behind one enum.

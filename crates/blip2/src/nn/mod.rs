@@ -1,0 +1,1 @@
+//! Leaves shared by all models.

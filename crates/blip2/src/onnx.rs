@@ -1,0 +1,1 @@
+//! Reads weights out of an ONNX file.

@@ -1,0 +1,1 @@
+//! Named tensors of one checkpoint, read strictly.
