@@ -9,7 +9,9 @@ pub mod log;
 pub mod losses;
 pub mod optim;
 pub mod recipe;
+pub mod rng;
 pub mod schedule;
+pub mod steps;
 pub mod tensorboard;
 pub mod trainer;
 
