@@ -11,8 +11,9 @@ use blip2_ops::WeightFormat;
 use candle_core::{Device, Tensor};
 
 use crate::generate::StepModel;
-use crate::llama::{Gguf, KvCaches, Llama};
-use crate::tokenizer::Tokenizer;
+use crate::llama::{Gguf, KvCaches, Llama, LlamaConfig};
+use crate::params::read_file;
+use crate::tokenizer::{SpecialIds, Tokenizer};
 use crate::{Error, Result};
 
 /// A frozen language model.
@@ -39,6 +40,31 @@ impl Llm {
             return Err(Error::file(path, format!("{ids} token ids but {rows} embeddings")));
         }
         Ok((llm, tokenizer))
+    }
+
+    /// Opens a language model by what `path` is: a GGUF file, or a folder in Hugging Face layout (`config.json`,
+    /// `model.safetensors`, `tokenizer.json`). Without a `format` the matrices of a GGUF file stay as stored, those of a
+    /// folder are kept in f32.
+    ///
+    /// # Errors
+    /// A file that is missing, broken, or of a family not known here.
+    pub fn open(path: &Path, format: Option<WeightFormat>) -> Result<(Self, Tokenizer)> {
+        if !path.is_dir() {
+            return Self::from_gguf(path, format);
+        }
+        let read = |name: &str| -> Result<Vec<u8>> {
+            let path = path.join(name);
+            std::fs::read(&path).map_err(Error::io(&path))
+        };
+        let json = String::from_utf8(read("config.json")?)
+            .map_err(|e| Error::file(path.join("config.json"), e.to_string()))?;
+        let config = LlamaConfig::from_hf(&json)
+            .map_err(|e| Error::file(path.join("config.json"), e.to_string()))?;
+        let special = SpecialIds { bos: config.bos, eos: config.eos, pad: config.eos };
+        let tokenizer = Tokenizer::from_json(&read("tokenizer.json")?, special)?;
+        let tensors = read_file(&path.join("model.safetensors"))?.into_iter().collect();
+        let llama = Llama::from_hf(config, &tensors, format.unwrap_or(WeightFormat::F32))?;
+        Ok((Self::Llama(llama), tokenizer))
     }
 
     /// Width of a token's embedding, `d`.
