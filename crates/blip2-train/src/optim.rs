@@ -5,19 +5,18 @@
 //! queries (3 dimensions) and the temperature (none) do decay, as in the reference. The state is open, so a run can be
 //! resumed to the bit. It knows no schedule: the caller brings the learning rate.
 
-use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use blip2::params::ParamStore;
-use blip2_ops::Communicator;
+use blip2_ops::{Communicator, adamw_step, sum_of_squares};
 use candle_core::backprop::GradStore;
-use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Storage, Tensor};
+use candle_core::{CpuStorage, DType, Device, InplaceOp2, Layout, Tensor};
 use rayon::prelude::*;
 
 use crate::{Error, Result};
 
-/// Elements per parallel piece; fixed, so that sums do not depend on the number of threads.
+/// Elements per parallel piece.
 const PIECE: usize = 1 << 15;
 
 /// Whether weight decay acts on the parameter `name` with dimensions `dims`.
@@ -45,76 +44,66 @@ fn slots(params: &ParamStore) -> Vec<Slot> {
     params.vars().map(slot).collect()
 }
 
-/// The gradients of all parameters in one flat buffer, summed over micro-batches and ranks.
+/// The gradients of all parameters in one flat buffer, averaged over micro-batches and ranks, with the loss.
 #[derive(Debug)]
 pub struct Gradients {
     slots: Vec<Slot>,
-    /// The gradients, then the loss: it travels with them, so that all ranks judge the same number.
-    flat: Vec<f32>,
+    flat: Tensor,
+    loss: f32,
+    empty: bool,
 }
 
 impl Gradients {
-    /// Zeros.
-    #[must_use]
-    pub fn new(params: &ParamStore) -> Self {
+    /// Room for the gradients of `params`.
+    ///
+    /// # Errors
+    /// Only if memory can't be had.
+    pub fn new(params: &ParamStore) -> Result<Self> {
         let slots = slots(params);
-        let flat = vec![0.0; slots.iter().map(|slot| slot.len).sum::<usize>() + 1];
-        Self { slots, flat }
+        let len = slots.iter().map(|slot| slot.len).sum::<usize>();
+        let flat = Tensor::zeros(len, DType::F32, &Device::Cpu)?;
+        Ok(Self { slots, flat, loss: 0.0, empty: true })
     }
 
-    /// Back to zeros.
+    /// Forgets everything.
     pub fn clear(&mut self) {
-        self.flat.fill(0.0);
+        self.empty = true;
+        self.loss = 0.0;
     }
 
-    /// Adds `share` of a micro-batch: its `loss` and the gradients that its backward pass left in `grads`.
+    /// Adds `share` of a micro-batch: the gradients that its backward pass left in `grads`.
     ///
     /// # Errors
     /// If a parameter got no gradient: it would silently stay untrained.
-    pub fn add(
-        &mut self,
-        params: &ParamStore,
-        grads: &GradStore,
-        loss: f32,
-        share: f32,
-    ) -> Result<()> {
+    pub fn add(&mut self, params: &ParamStore, grads: &GradStore, share: f32) -> Result<()> {
+        let add = AddScaled { share, replace: self.empty };
         for (slot, (name, var)) in self.slots.iter().zip(params.vars()) {
             let grad = grads.get(var).ok_or_else(|| {
                 Error::Training(format!("the trained parameter {name} got no gradient"))
             })?;
-            let grad = grad.contiguous()?;
-            let (storage, layout) = grad.storage_and_layout();
-            let Storage::Cpu(storage) = &*storage else {
-                return Err(Error::Training("gradients must be on the CPU".into()));
-            };
-            let from = &storage.as_slice::<f32>()?[layout.start_offset()..][..slot.len];
-            let into = &mut self.flat[slot.start..slot.start + slot.len];
-            into.par_chunks_mut(PIECE).zip(from.par_chunks(PIECE)).for_each(|(into, from)| {
-                for (a, b) in into.iter_mut().zip(from) {
-                    *a += share * b;
-                }
-            });
+            let grad = grad.flatten_all()?.contiguous()?;
+            self.flat.narrow(0, slot.start, slot.len)?.inplace_op2(&grad, &add)?;
         }
-        self.add_loss(loss, share);
+        self.empty = false;
         Ok(())
     }
 
-    /// Adds only a loss: of a micro-batch that was not finite and has no backward pass.
+    /// Adds `share` of a micro-batch's loss.
     pub fn add_loss(&mut self, loss: f32, share: f32) {
-        if let Some(last) = self.flat.last_mut() {
-            *last += share * loss;
-        }
+        self.loss += share * loss;
     }
 
-    /// Averages over all ranks: one message for everything.
+    /// Averages over all ranks: one message for all gradients, one for the loss, so that all ranks judge and do the
+    /// same.
     ///
     /// # Errors
     /// If the ranks can't reach each other.
     pub fn average(&mut self, ranks: &Arc<dyn Communicator>) -> Result<()> {
         let world = ranks.world();
         if world > 1 {
-            let bucket = Tensor::from_slice(&self.flat, self.flat.len(), &Device::Cpu)?;
-            self.flat = (ranks.all_reduce_sum(&bucket)? / world as f64)?.to_vec1()?;
+            self.flat = (ranks.all_reduce_sum(&self.flat)? / world as f64)?;
+            let loss = ranks.all_reduce_sum(&Tensor::new(&[self.loss], &Device::Cpu)?)?;
+            self.loss = loss.to_vec1::<f32>()?.iter().sum::<f32>() / world as f32;
         }
         Ok(())
     }
@@ -122,24 +111,57 @@ impl Gradients {
     /// The averaged loss.
     #[must_use]
     pub fn loss(&self) -> f32 {
-        self.flat.last().copied().unwrap_or(f32::NAN)
+        self.loss
     }
 
     /// The global norm of the gradients. Not finite if any gradient is not.
-    #[must_use]
-    pub fn norm(&self) -> f64 {
-        let sums: Vec<f64> = self
-            .grads()
-            .par_chunks(PIECE)
-            .map(|piece| piece.iter().map(|&g| f64::from(g) * f64::from(g)).sum())
-            .collect();
-        sums.iter().sum::<f64>().sqrt()
+    ///
+    /// # Errors
+    /// Only if a tensor operation fails.
+    pub fn norm(&self) -> Result<f64> {
+        Ok(if self.empty { 0.0 } else { sum_of_squares(&self.flat)?.sqrt() })
     }
 
     /// The flat gradients, in the order of the parameters' names.
     #[must_use]
-    pub fn grads(&self) -> &[f32] {
-        &self.flat[..self.flat.len() - 1]
+    pub fn flat(&self) -> &Tensor {
+        &self.flat
+    }
+}
+
+/// `self += share · other`, or `self = share · other`.
+struct AddScaled {
+    share: f32,
+    replace: bool,
+}
+
+impl InplaceOp2 for AddScaled {
+    fn name(&self) -> &'static str {
+        "add_scaled"
+    }
+
+    fn cpu_fwd(
+        &self,
+        into: &mut CpuStorage,
+        into_layout: &Layout,
+        from: &CpuStorage,
+        from_layout: &Layout,
+    ) -> candle_core::Result<()> {
+        let ranges = (into_layout.contiguous_offsets(), from_layout.contiguous_offsets());
+        let (CpuStorage::F32(into), CpuStorage::F32(from)) = (into, from) else {
+            candle_core::bail!("gradients must be f32");
+        };
+        let (Some((a, b)), Some((c, d))) = ranges else {
+            candle_core::bail!("gradients must be contiguous");
+        };
+        let share = self.share;
+        let pieces = into[a..b].par_chunks_mut(PIECE).zip(from[c..d].par_chunks(PIECE));
+        if self.replace {
+            pieces.for_each(|(x, y)| x.iter_mut().zip(y).for_each(|(x, y)| *x = share * y));
+        } else {
+            pieces.for_each(|(x, y)| x.iter_mut().zip(y).for_each(|(x, y)| *x += share * y));
+        }
+        Ok(())
     }
 }
 
@@ -198,8 +220,16 @@ impl AdamW {
         scale: f32,
     ) -> Result<()> {
         self.steps += 1;
-        let grads = gradients.grads();
-        let (mut m, mut v) = (self.m.as_mut_slice(), self.v.as_mut_slice());
+        let [beta1, beta2] = self.config.betas;
+        let mut numbers = blip2_ops::AdamW {
+            lr,
+            beta1,
+            beta2,
+            eps: self.config.eps,
+            weight_decay: 0.0,
+            step: self.steps,
+            grad_scale: scale,
+        };
         for (slot, (name, var)) in self.slots.iter().zip(params.vars()) {
             if slot.name != name || slot.dims != var.dims() {
                 return Err(Error::Training(format!(
@@ -209,16 +239,13 @@ impl AdamW {
                     var.dims()
                 )));
             }
-            let (m_here, m_rest) = m.split_at_mut(slot.len);
-            let (v_here, v_rest) = v.split_at_mut(slot.len);
-            (m, v) = (m_rest, v_rest);
-            let decay = if decays(name, &slot.dims) { self.config.weight_decay } else { 0.0 };
-            let update = Update {
-                grads: &grads[slot.start..slot.start + slot.len],
-                averages: RefCell::new((m_here, v_here)),
-                numbers: Numbers::new(&self.config, lr, decay, scale, self.steps),
-            };
-            var.as_tensor().inplace_op1(&update)?;
+            let range = slot.start..slot.start + slot.len;
+            let grad = gradients.flat.narrow(0, slot.start, slot.len)?;
+            let grad = grad.reshape(slot.dims.as_slice())?;
+            let decay = decays(name, &slot.dims);
+            numbers.weight_decay = if decay { self.config.weight_decay } else { 0.0 };
+            let (m, v) = (&mut self.m[range.clone()], &mut self.v[range]);
+            adamw_step(var, &grad, m, v, &numbers)?;
         }
         Ok(())
     }
@@ -269,73 +296,6 @@ impl AdamW {
             }
         }
         self.steps = steps;
-        Ok(())
-    }
-}
-
-/// The numbers of one update, ready for the inner loop.
-#[derive(Clone, Copy)]
-struct Numbers {
-    /// What weight decay leaves of a weight.
-    keep: f32,
-    beta1: f32,
-    beta2: f32,
-    step_size: f32,
-    /// Root of the second average's bias correction.
-    root: f32,
-    eps: f32,
-    scale: f32,
-}
-
-impl Numbers {
-    fn new(config: &AdamWConfig, lr: f64, decay: f64, scale: f32, steps: u64) -> Self {
-        let [beta1, beta2] = config.betas;
-        let correction = |beta: f64| 1.0 - beta.powf(steps as f64);
-        Self {
-            keep: (1.0 - lr * decay) as f32,
-            beta1: beta1 as f32,
-            beta2: beta2 as f32,
-            step_size: (lr / correction(beta1)) as f32,
-            root: correction(beta2).sqrt() as f32,
-            eps: config.eps as f32,
-            scale,
-        }
-    }
-
-    fn apply(self, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
-        for (((p, &g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
-            let g = g * self.scale;
-            *m += (1.0 - self.beta1) * (g - *m);
-            *v = self.beta2 * *v + (1.0 - self.beta2) * g * g;
-            *p = *p * self.keep - self.step_size * *m / (v.sqrt() / self.root + self.eps);
-        }
-    }
-}
-
-/// One parameter's update, in place.
-struct Update<'a> {
-    grads: &'a [f32],
-    averages: RefCell<(&'a mut [f32], &'a mut [f32])>,
-    numbers: Numbers,
-}
-
-impl InplaceOp1 for Update<'_> {
-    fn name(&self) -> &'static str {
-        "adamw"
-    }
-
-    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
-        let CpuStorage::F32(values) = storage else {
-            candle_core::bail!("adamw: parameters must be f32");
-        };
-        let start = layout.start_offset();
-        let p = &mut values[start..start + self.grads.len()];
-        let (m, v) = &mut *self.averages.borrow_mut();
-        p.par_chunks_mut(PIECE)
-            .zip(self.grads.par_chunks(PIECE))
-            .zip(m.par_chunks_mut(PIECE))
-            .zip(v.par_chunks_mut(PIECE))
-            .for_each(|(((p, g), m), v)| self.numbers.apply(p, g, m, v));
         Ok(())
     }
 }
