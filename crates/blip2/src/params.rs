@@ -12,6 +12,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use blip2_ops::{FrozenWeight, WeightFormat};
+use candle_core::quantized::gguf_file;
 use candle_core::{DType, Device, Tensor, Var};
 
 use crate::nn::{LayerNorm, Linear};
@@ -245,15 +246,58 @@ impl Params {
     }
 }
 
-/// Reads every tensor of a safetensors file.
+/// Reads every tensor of a safetensors or GGUF file.
 ///
 /// # Errors
 /// If the file can't be read or is damaged; the message names it.
-pub fn read_safetensors(path: &Path) -> Result<BTreeMap<String, Tensor>> {
-    let bytes = std::fs::read(path).map_err(Error::io(path))?;
-    let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)
+pub fn read_file(path: &Path) -> Result<BTreeMap<String, Tensor>> {
+    read_weights(&std::fs::read(path).map_err(Error::io(path))?, path)
+}
+
+/// Every tensor in the bytes of a safetensors or GGUF file; quantised ones are unpacked to f32. `path` is for errors.
+///
+/// # Errors
+/// If the bytes are neither, or damaged.
+pub fn read_weights(bytes: &[u8], path: &Path) -> Result<BTreeMap<String, Tensor>> {
+    if bytes.starts_with(b"GGUF") {
+        return read_gguf(bytes).map_err(|err| Error::file(path, format!("not a readable GGUF file: {err}")));
+    }
+    let tensors = candle_core::safetensors::load_buffer(bytes, &Device::Cpu)
         .map_err(|err| Error::file(path, format!("not a readable safetensors file: {err}")))?;
     Ok(tensors.into_iter().collect())
+}
+
+/// The names and shapes in a GGUF file, or in a folder's `model.safetensors`, without reading any weight.
+///
+/// # Errors
+/// If the file can't be read or is damaged; the message names it.
+pub fn shapes(path: &Path) -> Result<BTreeMap<String, Vec<usize>>> {
+    let path = if path.is_dir() { path.join("model.safetensors") } else { path.to_path_buf() };
+    let file = std::fs::File::open(&path).map_err(Error::io(&path))?;
+    let mut reader = std::io::BufReader::new(file);
+    let mut magic = [0; 4];
+    std::io::Read::read_exact(&mut reader, &mut magic).map_err(Error::io(&path))?;
+    if &magic != b"GGUF" {
+        let tensors = read_file(&path)?;
+        return Ok(tensors.iter().map(|(name, tensor)| (name.clone(), tensor.dims().to_vec())).collect());
+    }
+    std::io::Seek::rewind(&mut reader).map_err(Error::io(&path))?;
+    let content = gguf_file::Content::read(&mut reader)
+        .map_err(|err| Error::file(&path, format!("not a readable GGUF file: {err}")))?;
+    Ok(content.tensor_infos.iter().map(|(name, info)| (name.clone(), info.shape.dims().to_vec())).collect())
+}
+
+fn read_gguf(bytes: &[u8]) -> candle_core::Result<BTreeMap<String, Tensor>> {
+    let mut reader = std::io::Cursor::new(bytes);
+    let content = gguf_file::Content::read(&mut reader)?;
+    let names: Vec<_> = content.tensor_infos.keys().cloned().collect();
+    names
+        .into_iter()
+        .map(|name| {
+            let tensor = content.tensor(&mut reader, &name, &Device::Cpu)?.dequantize(&Device::Cpu)?;
+            Ok((name, tensor))
+        })
+        .collect()
 }
 
 fn is_finite(tensor: &Tensor) -> Result<bool> {

@@ -11,16 +11,16 @@
 //!
 //! Unimodal needs no mask: queries and text are two passes that never meet. Padding hides columns in all three.
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use crate::{Error, Result};
 
 const HIDDEN: f32 = f32::NEG_INFINITY;
 
-/// Hides padding: `mask` (b, t) u8, 1 = a token → bias (b, 1, 1, `before` + t), whose first `before` columns are visible.
+/// Hides padding: `mask` (b, t) of 1 = a token, 0 = padding → bias (b, 1, 1, `before` + t), whose first `before` columns are visible.
 ///
 /// # Errors
-/// If `mask` is not (b, t) u8.
+/// If `mask` is not (b, t).
 pub fn padding(mask: &Tensor, before: usize) -> Result<Tensor> {
     let rows = rows(mask)?;
     let columns = before + rows.first().map_or(0, Vec::len);
@@ -33,10 +33,10 @@ pub fn padding(mask: &Tensor, before: usize) -> Result<Tensor> {
 }
 
 /// Multimodal causal with the queries cached: text row i sees all `before` cached columns and text columns ≤ i that
-/// are no padding. `mask` (b, t) u8 → bias (b, 1, t, `before` + t).
+/// are no padding. `mask` (b, t) → bias (b, 1, t, `before` + t).
 ///
 /// # Errors
-/// If `mask` is not (b, t) u8.
+/// If `mask` is not (b, t).
 pub fn multimodal_causal(mask: &Tensor, before: usize) -> Result<Tensor> {
     let rows = rows(mask)?;
     let t = rows.first().map_or(0, Vec::len);
@@ -51,9 +51,9 @@ pub fn multimodal_causal(mask: &Tensor, before: usize) -> Result<Tensor> {
 }
 
 fn rows(mask: &Tensor) -> Result<Vec<Vec<u8>>> {
-    mask.to_vec2::<u8>().map_err(|_| {
+    mask.to_dtype(DType::U8).and_then(|mask| mask.to_vec2::<u8>()).map_err(|_| {
         Error::Config(format!(
-            "a mask must be (batch, tokens) u8, not {:?} {:?}",
+            "a mask must be (batch, tokens), not {:?} {:?}",
             mask.dims(),
             mask.dtype()
         ))
