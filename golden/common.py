@@ -48,9 +48,13 @@ def write_tensors(args, name, tensors, **metadata):
 
 
 def write_json(args, name, value):
-    """Write NAME.json with one item of each list per line where that reads well."""
+    """Write NAME.json from a dict; the items of a top-level list stand one a line."""
+    def text(item):
+        if isinstance(item, list):
+            return "[\n  " + ",\n  ".join(json.dumps(i, ensure_ascii=False) for i in item) + "\n ]"
+        return json.dumps(item, ensure_ascii=False)
+
     path = os.path.join(args.out, name + ".json")
     with open(path, "w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, indent=1, sort_keys=True)
-        file.write("\n")
+        file.write("{\n " + ",\n ".join(f"{json.dumps(key)}: {text(item)}" for key, item in value.items()) + "\n}\n")
     print(f"{name}.json: {os.path.getsize(path)} bytes")
