@@ -9,8 +9,11 @@ import json
 import os
 import platform
 
-import torch
-from safetensors.torch import save_file
+try:  # the metrics golden needs neither
+    import torch
+    from safetensors.torch import save_file
+except ImportError:
+    torch = None
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -26,8 +29,9 @@ def arguments(description, **paths):
         default = os.environ.get("GOLDEN_" + name.upper())
         parser.add_argument("--" + name.replace("_", "-"), default=default, required=default is None, help=text)
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    if torch:
+        torch.set_num_threads(1)
+        torch.use_deterministic_algorithms(True, warn_only=True)
     return args
 
 
