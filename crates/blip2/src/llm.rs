@@ -32,8 +32,8 @@ impl Llm {
     /// [`Tokenizer::from_gguf`].
     pub fn from_gguf(path: &Path, format: Option<WeightFormat>) -> Result<(Self, Tokenizer)> {
         let gguf = Gguf::open(path)?;
-        let tokenizer = Tokenizer::from_gguf(gguf.metadata())
-            .map_err(|e| Error::file(path, e.to_string()))?;
+        let tokenizer =
+            Tokenizer::from_gguf(gguf.metadata()).map_err(|e| Error::file(path, e.to_string()))?;
         let llm = Self::Llama(Llama::from_gguf(&gguf, format)?);
         if tokenizer.vocab_size() > llm.vocab_size() {
             let (ids, rows) = (tokenizer.vocab_size(), llm.vocab_size());

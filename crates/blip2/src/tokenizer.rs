@@ -166,9 +166,7 @@ impl Tokenizer {
         }
         let pre: PreTokenizerWrapper = match meta.string("tokenizer.ggml.pre")? {
             // Digits one by one, then GPT-2's own pattern.
-            "smollm" => {
-                Sequence::new(vec![Digits::new(true).into(), byte_level().into()]).into()
-            }
+            "smollm" => Sequence::new(vec![Digits::new(true).into(), byte_level().into()]).into(),
             "gpt-2" | "default" => byte_level().into(),
             other => {
                 return Err(Error::Tokenizer(format!(
