@@ -11,9 +11,9 @@ use blip2_ops::WeightFormat;
 use candle_core::{Device, Tensor};
 
 use crate::generate::StepModel;
-use crate::llama::{Gguf, KvCaches, Llama};
-use crate::tokenizer::Tokenizer;
-use crate::{Error, Result};
+use crate::llama::{Gguf, KvCaches, Llama, LlamaConfig};
+use crate::tokenizer::{SpecialIds, Tokenizer};
+use crate::{Error, Result, params};
 
 /// A frozen language model.
 #[derive(Clone)]
@@ -23,22 +23,27 @@ pub enum Llm {
 }
 
 impl Llm {
-    /// Opens a GGUF file: the model, its matrices as stored or converted to `format`, and the
-    /// tokenizer that the file carries.
+    /// Opens a GGUF file with the tokenizer inside it, or safetensors with the `config.json` and
+    /// `tokenizer.json` beside them. Without a `format` matrices stay as a GGUF file stores them,
+    /// and are f32 from safetensors.
     ///
     /// # Errors
-    /// A file that is missing, broken, or of a family not known here; see [`Llama::from_gguf`] and
-    /// [`Tokenizer::from_gguf`].
-    pub fn from_gguf(path: &Path, format: Option<WeightFormat>) -> Result<(Self, Tokenizer)> {
-        let gguf = Gguf::open(path)?;
-        let tokenizer = Tokenizer::from_gguf(gguf.metadata())
-            .map_err(|e| Error::file(path, e.to_string()))?;
-        let llm = Self::Llama(Llama::from_gguf(&gguf, format)?);
-        if tokenizer.vocab_size() > llm.vocab_size() {
-            let (ids, rows) = (tokenizer.vocab_size(), llm.vocab_size());
+    /// A file that is missing, broken, or of a family not known here; see [`Llama::from_gguf`],
+    /// [`Llama::from_hf`] and [`Tokenizer`].
+    pub fn open(path: &Path, format: Option<WeightFormat>) -> Result<(Self, Tokenizer)> {
+        let (llama, tokenizer) = if path.extension().is_some_and(|kind| kind == "gguf") {
+            let gguf = Gguf::open(path)?;
+            let tokenizer = Tokenizer::from_gguf(gguf.metadata())
+                .map_err(|e| Error::file(path, e.to_string()))?;
+            (Llama::from_gguf(&gguf, format)?, tokenizer)
+        } else {
+            open_hf(path, format.unwrap_or(WeightFormat::F32))?
+        };
+        let (ids, rows) = (tokenizer.vocab_size(), llama.config().vocab_size);
+        if ids > rows {
             return Err(Error::file(path, format!("{ids} token ids but {rows} embeddings")));
         }
-        Ok((llm, tokenizer))
+        Ok((Self::Llama(llama), tokenizer))
     }
 
     /// Width of a token's embedding, `d`.
@@ -125,6 +130,21 @@ impl Llm {
             Self::Llama(llama) => llama.logits(hidden),
         }
     }
+}
+
+/// A LLaMA in safetensors, its `config.json` and `tokenizer.json` in the same folder.
+fn open_hf(path: &Path, format: WeightFormat) -> Result<(Llama, Tokenizer)> {
+    let beside = |name: &str| path.with_file_name(name);
+    let (config, json) = (beside("config.json"), beside("tokenizer.json"));
+    let text = std::fs::read_to_string(&config).map_err(Error::io(&config))?;
+    let config = LlamaConfig::from_hf(&text).map_err(|e| Error::file(&config, e.to_string()))?;
+    let bytes = std::fs::read(&json).map_err(Error::io(&json))?;
+    let special = SpecialIds { bos: config.bos, eos: config.eos, pad: config.eos };
+    let tokenizer =
+        Tokenizer::from_json(&bytes, special).map_err(|e| Error::file(&json, e.to_string()))?;
+    let llama = Llama::from_hf(config, &params::read_file(path)?, format)
+        .map_err(|e| Error::file(path, e.to_string()))?;
+    Ok((llama, tokenizer))
 }
 
 /// Decodes what follows a prompt of embeddings. The prompt is computed once per row; beams and
