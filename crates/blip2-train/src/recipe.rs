@@ -96,7 +96,9 @@ pub struct FeatureSection {
     /// Views of each training picture to keep; epoch e uses view e modulo this. View 0 is the plain resized picture,
     /// the others are augmented. 0: encode on the fly, with a new crop every time.
     pub views: u32,
-    /// Folder of the cache; shared by recipes with the same encoder, data, augmentation and seed.
+    /// Decides the views' crops and flips, so that both stages can share one cache whatever their own seeds are.
+    pub seed: u64,
+    /// Folder of the cache; shared by recipes with the same encoder, data, augmentation and `features.seed`.
     pub dir: PathBuf,
     /// Pictures per encoder call.
     pub batch_size: usize,

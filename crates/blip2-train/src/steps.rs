@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
+use blip2::llm::Llm;
 use blip2::stage1::Stage1;
+use blip2::stage2::Stage2;
+use blip2::tokenizer::{Side, TextBatch};
 use blip2_ops::{Communicator, Dropout, all_gather};
 use candle_core::{DType, Device, Tensor};
 
@@ -155,4 +158,45 @@ fn select(rows: &Tensor, index: &[u32]) -> Result<Tensor> {
 fn gather_ids(ids: &[i64], ranks: &Arc<dyn Communicator>) -> Result<Vec<i64>> {
     let local = Tensor::new(ids, &Device::Cpu)?;
     Ok(ranks.all_gather(&local)?.to_dtype(DType::I64)?.to_vec1::<i64>()?)
+}
+
+/// One text of stage 2, start and end tokens included.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LlmText {
+    /// Token ids.
+    pub ids: Vec<u32>,
+    /// The first so many ids are given, not predicted. LAVIS counts the start token among them only if there is a prompt:
+    /// with an empty one it is 0, and the start token is predicted from the last query.
+    pub prompt_len: usize,
+}
+
+/// Stage 2 (paper §3.3) for language models that only decode: [queries][text][padding], the loss on the text alone.
+///
+/// `patches` (b, p, encoder width), one text each.
+///
+/// # Errors
+/// If shapes don't fit, or no text has a token to predict.
+pub fn stage2(bridge: &Stage2, llm: &Llm, patches: &Tensor, texts: &[LlmText], dropout: &Dropout) -> Result<Tensor> {
+    let soft = bridge.soft_words(patches, dropout)?;
+    let queries = soft.dim(1)?;
+    let rows: Vec<Vec<u32>> = texts.iter().map(|text| text.ids.clone()).collect();
+    let batch = TextBatch::new(&rows, llm.eos(), Side::Right, 0)?;
+    let embeds = Tensor::cat(&[&soft, &llm.embed(&batch.ids)?], 1)?;
+    let mask: Vec<Vec<bool>> =
+        batch.mask.iter().map(|row| std::iter::repeat_n(true, queries).chain(row.iter().copied()).collect()).collect();
+    let hidden = llm.hidden(&embeds, &mask, None)?;
+    let targets = Targets::shifted(&labels(texts, queries, embeds.dim(1)?));
+    let logits = llm.logits(&targets.select(&hidden)?)?;
+    losses::lm(&logits, &targets, 0.0)
+}
+
+fn labels(texts: &[LlmText], queries: usize, width: usize) -> Vec<Vec<Option<u32>>> {
+    let row = |text: &LlmText| {
+        let mut labels = vec![None; width];
+        for (t, id) in text.ids.iter().enumerate().skip(text.prompt_len) {
+            labels[queries + t] = Some(*id);
+        }
+        labels
+    };
+    texts.iter().map(row).collect()
 }

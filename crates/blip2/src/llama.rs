@@ -289,7 +289,7 @@ impl Block {
         let k = rotate(&frozen_linear(&y, &self.k, None)?, num_kv_heads)?; // (b, t, g·e)
         let v = frozen_linear(&y, &self.v, None)?;
         let (k, v) = match cache {
-            Some(cache) => cache.append(k, v)?, // (b, s, g·e)
+            Some(cache) => cache.append(&k, &v)?, // (b, s, g·e)
             None => (k, v),
         };
         let scale = 1.0 / (head_width as f32).sqrt();

@@ -23,21 +23,21 @@ pub enum Llm {
 }
 
 impl Llm {
-    /// Opens a GGUF file with the tokenizer inside it, or safetensors with the `config.json` and
-    /// `tokenizer.json` beside them. Without a `format` matrices stay as a GGUF file stores them,
-    /// and are f32 from safetensors.
+    /// Opens a language model by what `path` is: a GGUF file, which carries its tokenizer, or a folder
+    /// in Hugging Face layout (`config.json`, `model.safetensors`, `tokenizer.json`). Without a
+    /// `format` the matrices of a GGUF file stay as stored, those of a folder are kept in f32.
     ///
     /// # Errors
     /// A file that is missing, broken, or of a family not known here; see [`Llama::from_gguf`],
     /// [`Llama::from_hf`] and [`Tokenizer`].
     pub fn open(path: &Path, format: Option<WeightFormat>) -> Result<(Self, Tokenizer)> {
-        let (llama, tokenizer) = if path.extension().is_some_and(|kind| kind == "gguf") {
+        let (llama, tokenizer) = if path.is_dir() {
+            open_folder(path, format.unwrap_or(WeightFormat::F32))?
+        } else {
             let gguf = Gguf::open(path)?;
             let tokenizer = Tokenizer::from_gguf(gguf.metadata())
                 .map_err(|e| Error::file(path, e.to_string()))?;
             (Llama::from_gguf(&gguf, format)?, tokenizer)
-        } else {
-            open_hf(path, format.unwrap_or(WeightFormat::F32))?
         };
         let (ids, rows) = (tokenizer.vocab_size(), llama.config().vocab_size);
         if ids > rows {
@@ -132,18 +132,18 @@ impl Llm {
     }
 }
 
-/// A LLaMA in safetensors, its `config.json` and `tokenizer.json` in the same folder.
-fn open_hf(path: &Path, format: WeightFormat) -> Result<(Llama, Tokenizer)> {
-    let beside = |name: &str| path.with_file_name(name);
-    let (config, json) = (beside("config.json"), beside("tokenizer.json"));
+/// A LLaMA in Hugging Face layout.
+fn open_folder(folder: &Path, format: WeightFormat) -> Result<(Llama, Tokenizer)> {
+    let [config, json, weights] =
+        ["config.json", "tokenizer.json", "model.safetensors"].map(|name| folder.join(name));
     let text = std::fs::read_to_string(&config).map_err(Error::io(&config))?;
-    let config = LlamaConfig::from_hf(&text).map_err(|e| Error::file(&config, e.to_string()))?;
+    let shape = LlamaConfig::from_hf(&text).map_err(|e| Error::file(&config, e.to_string()))?;
     let bytes = std::fs::read(&json).map_err(Error::io(&json))?;
-    let special = SpecialIds { bos: config.bos, eos: config.eos, pad: config.eos };
+    let special = SpecialIds { bos: shape.bos, eos: shape.eos, pad: shape.eos };
     let tokenizer =
         Tokenizer::from_json(&bytes, special).map_err(|e| Error::file(&json, e.to_string()))?;
-    let llama = Llama::from_hf(config, &params::read_file(path)?, format)
-        .map_err(|e| Error::file(path, e.to_string()))?;
+    let llama = Llama::from_hf(shape, &params::read_file(&weights)?, format)
+        .map_err(|e| Error::file(&weights, e.to_string()))?;
     Ok((llama, tokenizer))
 }
 

@@ -163,13 +163,11 @@ impl Model {
     /// If its weights can't be found or don't fit.
     pub fn vision(&self, format: WeightFormat, progress: Progress<'_>) -> Result<Vision> {
         let part = &self.manifest.vision;
-        let (tensors, origin) = match &part.weights {
-            PartFile::Mini => {
-                let path = assets::mini_parts(progress)?.vit;
-                (params::read_file(&path)?, path)
-            }
-            PartFile::File(name) => (self.weights(name)?, self.files.describe(name)),
+        let origin = match &part.weights {
+            PartFile::Mini => assets::mini_parts(progress)?.vit,
+            PartFile::File(name) => self.files.describe(name),
         };
+        let tensors = self.vision_tensors(progress)?;
         let vit = Params::build(tensors, format, &origin.to_string_lossy(), |p| Vit::new(p, &part.config))?;
         Ok(Vision { vit, normalize: part.normalize })
     }
@@ -179,22 +177,17 @@ impl Model {
     /// # Errors
     /// If there is none, or its weights can't be found or don't fit.
     pub fn llm(&self, format: Option<WeightFormat>, progress: Progress<'_>) -> Result<(Llm, Tokenizer)> {
-        let part = self.manifest.llm.as_ref().ok_or_else(|| self.lacks("language model"))?;
-        let path = match &part.weights {
-            PartFile::Mini => assets::mini_parts(progress)?.llm_gguf,
-            PartFile::File(name) => self.files.describe(name),
-        };
-        Llm::open(&path, format)
+        Llm::open(&self.llm_path(progress)?, format)
     }
 
     /// Loads what captions and answers.
     ///
     /// # Errors
     /// If the model has no stage-2 part, or weights don't fit.
-    pub fn captioner(&self, format: Option<WeightFormat>, mut progress: Progress<'_>) -> Result<Captioner> {
+    pub fn captioner(&self, format: Option<WeightFormat>, progress: Progress<'_>) -> Result<Captioner> {
         let part = self.manifest.stage2.clone().ok_or_else(|| self.lacks("stage-2 part (captions, answers)"))?;
-        let vision = self.vision(format.unwrap_or(WeightFormat::F32), &mut progress)?;
-        let (llm, tokenizer) = self.llm(format, &mut progress)?;
+        let vision = self.vision(format.unwrap_or(WeightFormat::F32), &mut *progress)?;
+        let (llm, tokenizer) = self.llm(format, progress)?;
         let bridge = self.build(&part.weights, format, |p| Stage2::new(p, &part.config))?;
         Ok(Captioner { vision, bridge, llm, tokenizer, part })
     }
@@ -209,6 +202,29 @@ impl Model {
         let bridge = self.build(&part.weights, format, |p| Stage1::new(p, &part.config))?;
         let tokenizer = Tokenizer::from_wordpiece_vocab(&self.files.read(&part.vocab)?)?;
         Ok(Matcher { vision, bridge, tokenizer, max_text_len: part.max_text_len })
+    }
+
+    /// The tensors of the image encoder, unread by any model.
+    ///
+    /// # Errors
+    /// If its weights can't be found or are damaged.
+    pub fn vision_tensors(&self, progress: Progress<'_>) -> Result<BTreeMap<String, Tensor>> {
+        match &self.manifest.vision.weights {
+            PartFile::Mini => params::read_file(&assets::mini_parts(progress)?.vit),
+            PartFile::File(name) => self.weights(name),
+        }
+    }
+
+    /// The file of the language model.
+    ///
+    /// # Errors
+    /// If there is none, or it can't be fetched.
+    pub fn llm_path(&self, progress: Progress<'_>) -> Result<PathBuf> {
+        let part = self.manifest.llm.as_ref().ok_or_else(|| self.lacks("language model"))?;
+        Ok(match &part.weights {
+            PartFile::Mini => assets::mini_parts(progress)?.llm_gguf,
+            PartFile::File(name) => self.files.describe(name),
+        })
     }
 
     /// The tensors of one of the model's own weight files.
@@ -439,7 +455,7 @@ impl Matcher {
     /// If a text is too long for the tokenizer.
     pub fn tokenize(&self, texts: &[&str]) -> Result<TextBatch> {
         let padding = Padding { max_len: self.max_text_len, side: Side::Right, width: Width::Longest };
-        self.tokenizer.encode_batch(texts, true, padding)
+        self.tokenizer.encode_batch(texts, padding, true)
     }
 
     /// The stage-1 bridge, for callers that keep features.
