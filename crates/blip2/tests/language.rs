@@ -17,7 +17,7 @@ use blip2::tokenizer::{MAX_CHARS, Padding, Side, SpecialIds, TextBatch, Tokenize
 use blip2_ops::{RopeStyle, WeightFormat};
 use candle_core::quantized::gguf_file::Value;
 use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
-use candle_core::{Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 
 // ---- helpers -------------------------------------------------------------------------------------
 
@@ -803,4 +803,76 @@ fn smollm2_knows_the_capital_of_france() {
     let options = Options { max_new_tokens: 2, eos: vec![2], ..Options::default() };
     let found = generate(&mut decoder, 1, &options).unwrap();
     assert_eq!(tokenizer.decode(&found[0][0].tokens, true).unwrap(), " Paris.");
+}
+
+fn golden(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../golden").join(name)
+}
+
+fn golden_tensors(name: &str) -> HashMap<String, Tensor> {
+    candle_core::safetensors::load(golden(name), &Device::Cpu).unwrap()
+}
+
+fn golden_ids(tensor: &Tensor) -> Vec<u32> {
+    let ids: Vec<i64> =
+        tensor.to_dtype(DType::I64).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+    ids.into_iter().map(|id| id as u32).collect()
+}
+
+/// Checks every string of a golden `strings` list.
+fn check_strings(tokenizer: &Tokenizer, file: &str, special: bool) {
+    let json = std::fs::read_to_string(golden(file)).unwrap();
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    for case in json["strings"].as_array().unwrap() {
+        let text = case["text"].as_str().unwrap();
+        let ids: Vec<u32> = serde_json::from_value(case["ids"].clone()).unwrap();
+        assert_eq!(tokenizer.encode(text, special).unwrap(), ids, "{text:?}");
+        let decoded = |skip| tokenizer.decode(&ids, skip).unwrap();
+        assert_eq!(decoded(true), case["decoded"].as_str().unwrap(), "{text:?}");
+        assert_eq!(decoded(false), case["decoded_with_special"].as_str().unwrap(), "{text:?}");
+    }
+}
+
+#[test]
+fn smollm2_tokens_are_transformers() {
+    let Some(path) = asset("BLIP2_TEST_SMOLLM2") else { return };
+    let tokenizer = Tokenizer::from_gguf(Gguf::open(&path).unwrap().metadata()).unwrap();
+    check_strings(&tokenizer, "smollm2.json", true);
+}
+
+#[test]
+fn smollm2_numbers_and_texts_are_transformers() {
+    let Some(path) = asset("BLIP2_TEST_SMOLLM2") else { return };
+    let (llm, _) = Llm::open(&path, None).unwrap();
+    let golden = golden_tensors("smollm2.safetensors");
+    let prompt = golden_ids(&golden["ids"]);
+    let x = llm.embed(&ids(&[&prompt])).unwrap();
+    assert_close(&x.squeeze(0).unwrap(), &golden["embedded"], 1e-6);
+    let visible = all_visible(1, prompt.len());
+    let hidden = llm.hidden(&x, &visible, None).unwrap().squeeze(0).unwrap();
+    assert_close(&hidden, &golden["final_norm"], 1e-4);
+    let last = hidden.narrow(0, prompt.len() - 1, 1).unwrap();
+    let logits = llm.logits(&last).unwrap().squeeze(0).unwrap();
+    assert_close(&logits, &golden["last_logits"], 1e-4);
+
+    let texts = |strategy, num_return| {
+        let options =
+            Options { max_new_tokens: 16, eos: vec![2], strategy, num_return, ..Options::default() };
+        let mut decoder = LlmDecoder::new(&llm, x.clone(), visible.clone()).unwrap();
+        generate(&mut decoder, 1, &options).unwrap().remove(0)
+    };
+    let greedy = texts(Strategy::Greedy, 1);
+    assert_eq!(greedy[0].tokens, golden_ids(&golden["greedy"]));
+    let beams = texts(beams(3, 1.0, EarlyStopping::Heuristic), 3);
+    let width = golden["beam3"].dim(1).unwrap();
+    let scores = flat(&golden["beam3_scores"]);
+    for ((beam, tokens), score) in
+        beams.iter().zip(golden_ids(&golden["beam3"]).chunks(width)).zip(scores)
+    {
+        // transformers pads what ended earlier with the end token.
+        let mut padded = beam.tokens.clone();
+        padded.resize(width, 2);
+        assert_eq!(padded, tokens);
+        assert!((beam.score - score).abs() < 1e-4, "{} for {score}", beam.score);
+    }
 }
