@@ -9,8 +9,11 @@ import json
 import os
 import platform
 
-import torch
-from safetensors.torch import save_file
+try:  # the metrics golden needs neither
+    import torch
+    from safetensors.torch import save_file
+except ImportError:
+    torch = None
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -26,8 +29,9 @@ def arguments(description, **paths):
         default = os.environ.get("GOLDEN_" + name.upper())
         parser.add_argument("--" + name.replace("_", "-"), default=default, required=default is None, help=text)
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    if torch:
+        torch.set_num_threads(1)
+        torch.use_deterministic_algorithms(True, warn_only=True)
     return args
 
 
@@ -48,9 +52,13 @@ def write_tensors(args, name, tensors, **metadata):
 
 
 def write_json(args, name, value):
-    """Write NAME.json with one item of each list per line where that reads well."""
+    """Write NAME.json from a dict; the items of a top-level list stand one a line."""
+    def text(item):
+        if isinstance(item, list):
+            return "[\n  " + ",\n  ".join(json.dumps(i, ensure_ascii=False) for i in item) + "\n ]"
+        return json.dumps(item, ensure_ascii=False)
+
     path = os.path.join(args.out, name + ".json")
     with open(path, "w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, indent=1, sort_keys=True)
-        file.write("\n")
+        file.write("{\n " + ",\n ".join(f"{json.dumps(key)}: {text(item)}" for key, item in value.items()) + "\n}\n")
     print(f"{name}.json: {os.path.getsize(path)} bytes")

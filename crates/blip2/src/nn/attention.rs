@@ -72,7 +72,7 @@ impl Attention {
         dropout: &Dropout,
     ) -> Result<Tensor> {
         let (k, v) = self.project(x)?;
-        let (k, v) = cache.append(k, v)?;
+        let (k, v) = cache.append(&k, &v)?;
         self.attend_projected(x, &k, &v, bias, dropout)
     }
 

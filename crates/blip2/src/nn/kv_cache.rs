@@ -17,10 +17,10 @@ impl KvCache {
     ///
     /// # Errors
     /// If batch or width differ from what is held.
-    pub fn append(&mut self, k: Tensor, v: Tensor) -> Result<(Tensor, Tensor)> {
+    pub fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let all = match &self.held {
-            None => (k, v),
-            Some((old_k, old_v)) => (Tensor::cat(&[old_k, &k], 1)?, Tensor::cat(&[old_v, &v], 1)?),
+            None => (k.clone(), v.clone()),
+            Some((old_k, old_v)) => (Tensor::cat(&[old_k, k], 1)?, Tensor::cat(&[old_v, v], 1)?),
         };
         self.held = Some(all.clone());
         Ok(all)
