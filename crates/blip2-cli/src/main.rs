@@ -1,2 +1,57 @@
-//! blip2
-fn main() {}
+//! The `blip2` program. One verb, one file; this one is the table of contents.
+
+mod ask;
+mod caption;
+mod cli;
+mod data;
+mod embed;
+mod eval;
+mod inspect;
+mod matching;
+mod model;
+mod output;
+mod pictures;
+mod progress;
+mod pull;
+mod train;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+use crate::cli::{Cli, Verb};
+
+/// Whether everything went well; errors of single pictures are reported where they happen and end in `SomeFailed`.
+pub(crate) enum Outcome {
+    AllFine,
+    SomeFailed,
+}
+
+fn main() -> ExitCode {
+    // Wrong usage leaves through clap with code 2.
+    let cli = Cli::parse();
+    match run(&cli) {
+        Ok(Outcome::AllFine) => ExitCode::SUCCESS,
+        Ok(Outcome::SomeFailed) => ExitCode::FAILURE,
+        Err(err) if output::is_closed_pipe(&err) => ExitCode::SUCCESS,
+        Err(err) => {
+            eprintln!("blip2: {err:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: &Cli) -> anyhow::Result<Outcome> {
+    cli.global.apply()?;
+    match &cli.verb {
+        Verb::Caption(args) => caption::run(&cli.global, args),
+        Verb::Ask(args) => ask::run(&cli.global, args),
+        Verb::Match(args) => matching::run(&cli.global, args),
+        Verb::Embed(args) => embed::run(&cli.global, args),
+        Verb::Inspect(args) => inspect::run(&cli.global, args),
+        Verb::Pull(args) => pull::run(args),
+        Verb::Data(args) => data::run(args),
+        Verb::Train(args) => train::run(args),
+        Verb::Eval(args) => eval::run(args),
+    }
+}

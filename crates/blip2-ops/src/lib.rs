@@ -1,1 +1,54 @@
-//! Differentiable tensor ops and weight formats.
+//! Differentiable tensor ops and weight formats on top of candle: everything a trained model calls,
+//! and no model.
+//!
+//! Candle's own layers are either forward-only (gradients stop without a word) or compute gradients
+//! of frozen weights. Here every op is a candle custom op with a hand-written backward pass, f32 on
+//! the CPU, its products done by faer. In a backward pass the gradient of an argument is computed
+//! only if that argument is tracked.
+//!
+//! | file | what it holds |
+//! |---|---|
+//! | `linear.rs` | [`linear`]: product with a trained weight |
+//! | `frozen.rs`, `quant.rs` | [`FrozenWeight`] in f32, f16 or GGUF blocks, [`frozen_linear`] |
+//! | `attention.rs` | [`attention`]: grouped heads, additive bias, dropout on probabilities |
+//! | `norm.rs` | [`layer_norm`], [`rms_norm`], [`l2_normalize`] |
+//! | `activation.rs` | [`gelu`], [`quick_gelu`], [`silu_gate`] |
+//! | `rope.rs`, `embedding.rs` | [`rope`], [`embedding`] |
+//! | `loss.rs` | [`cross_entropy`], [`soft_cross_entropy`] |
+//! | `dropout.rs` | [`dropout`], and [`Dropout`], the stream of its keys |
+//! | `comm.rs` | [`Communicator`], [`all_gather`] |
+//! | `optim.rs` | [`adamw_step`], [`sum_of_squares`] |
+//! | `gemm.rs`, `host.rs` | the matrix product; borrowing tensors, threads, SIMD, `exp` |
+//!
+//! What holds for every op:
+//! - tensors are f32 on the CPU; anything else is an error that names the op and the type;
+//! - strided and empty tensors work; a shape that does not fit is an error that shows both shapes;
+//! - SIMD is chosen at run time;
+//! - results do not depend on how threads are scheduled, and random masks not on their number.
+
+mod activation;
+mod attention;
+mod comm;
+mod dropout;
+mod embedding;
+mod frozen;
+mod gemm;
+mod host;
+mod linear;
+mod loss;
+mod norm;
+mod optim;
+mod quant;
+mod rope;
+
+pub use activation::{gelu, quick_gelu, silu_gate};
+pub use attention::{Heads, attention};
+pub use comm::{Communicator, SingleProcess, all_gather};
+pub use dropout::{Dropout, DropoutKey, dropout};
+pub use embedding::embedding;
+pub use frozen::{FrozenWeight, WeightFormat, frozen_linear};
+pub use linear::linear;
+pub use loss::{IGNORE, cross_entropy, soft_cross_entropy};
+pub use norm::{l2_normalize, layer_norm, rms_norm};
+pub use optim::{AdamW, adamw_step, sum_of_squares};
+pub use rope::{RopeStyle, rope};

@@ -5,11 +5,16 @@ pub mod checkpoint;
 pub mod data;
 mod error;
 pub mod eval;
+pub mod features;
+pub mod init;
 pub mod log;
 pub mod losses;
 pub mod optim;
+pub mod order;
 pub mod recipe;
+pub mod rng;
 pub mod schedule;
+pub mod steps;
 pub mod tensorboard;
 pub mod trainer;
 

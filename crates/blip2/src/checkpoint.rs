@@ -1,1 +1,142 @@
-//! Weight names of other programs mapped to ours.
+//! Weight names of other programs, mapped to ours by tables.
+//!
+//! A table row is (theirs, ours); `{}` stands for a layer number. Renaming is strict: a name that no row knows is
+//! an error, unless a row says that it is left out (ours is empty).
+
+use std::collections::BTreeMap;
+
+use candle_core::Tensor;
+
+use crate::{Error, Result};
+
+/// One row: their name, our name or "" for "left out".
+type Row = (&'static str, &'static str);
+
+/// A BERT encoder, as `bert-base-uncased` names it (with or without a leading `bert.`).
+const BERT: &[Row] = &[
+    ("embeddings.word_embeddings.weight", "qformer.word_embeddings.weight"),
+    ("embeddings.position_embeddings.weight", "qformer.position_embeddings.weight"),
+    ("embeddings.LayerNorm", "qformer.embed_norm"),
+    ("embeddings.token_type_embeddings.weight", ""),
+    ("embeddings.position_ids", ""),
+    ("encoder.layer.{}.attention.self.query", "qformer.layers.{}.self_attn.q"),
+    ("encoder.layer.{}.attention.self.key", "qformer.layers.{}.self_attn.k"),
+    ("encoder.layer.{}.attention.self.value", "qformer.layers.{}.self_attn.v"),
+    ("encoder.layer.{}.attention.output.dense", "qformer.layers.{}.self_attn.out"),
+    ("encoder.layer.{}.attention.output.LayerNorm", "qformer.layers.{}.self_attn_norm"),
+    ("encoder.layer.{}.intermediate.dense", "qformer.layers.{}.ffn_text.fc1"),
+    ("encoder.layer.{}.output.dense", "qformer.layers.{}.ffn_text.fc2"),
+    ("encoder.layer.{}.output.LayerNorm", "qformer.layers.{}.ffn_text.norm"),
+];
+
+/// What a Q-Former has beyond BERT, as LAVIS names it behind `Qformer.bert.`.
+const LAVIS_QFORMER: &[Row] = &[
+    ("encoder.layer.{}.crossattention.self.query", "qformer.layers.{}.cross_attn.q"),
+    ("encoder.layer.{}.crossattention.self.key", "qformer.layers.{}.cross_attn.k"),
+    ("encoder.layer.{}.crossattention.self.value", "qformer.layers.{}.cross_attn.v"),
+    ("encoder.layer.{}.crossattention.output.dense", "qformer.layers.{}.cross_attn.out"),
+    ("encoder.layer.{}.crossattention.output.LayerNorm", "qformer.layers.{}.cross_attn_norm"),
+    ("encoder.layer.{}.intermediate_query.dense", "qformer.layers.{}.ffn_query.fc1"),
+    ("encoder.layer.{}.output_query.dense", "qformer.layers.{}.ffn_query.fc2"),
+    ("encoder.layer.{}.output_query.LayerNorm", "qformer.layers.{}.ffn_query.norm"),
+];
+
+/// The rest of LAVIS's stage-1 and stage-2 models.
+const LAVIS: &[Row] = &[
+    ("query_tokens", "query_tokens"),
+    ("temp", "temp"),
+    ("ln_vision", "ln_vision"),
+    ("vision_proj", "vision_proj"),
+    ("text_proj", "text_proj"),
+    ("itm_head", "itm_head"),
+    ("opt_proj", "llm_proj"),
+    ("t5_proj", "llm_proj"),
+    ("Qformer.cls.predictions.bias", "qformer.lm_head.bias"),
+    ("Qformer.cls.predictions.transform.dense", "qformer.lm_head.dense"),
+    ("Qformer.cls.predictions.transform.LayerNorm", "qformer.lm_head.norm"),
+    // Tied: the word embeddings and the bias above.
+    ("Qformer.cls.predictions.decoder.weight", ""),
+    ("Qformer.cls.predictions.decoder.bias", ""),
+];
+
+/// Renames a BERT encoder's tensors; pooler and pre-training heads are left out.
+///
+/// # Errors
+/// If a tensor is none of BERT's.
+pub fn from_bert(tensors: BTreeMap<String, Tensor>) -> Result<BTreeMap<String, Tensor>> {
+    rename(tensors, |name| {
+        let name = name.strip_prefix("bert.").unwrap_or(name);
+        if name.starts_with("pooler.") || name.starts_with("cls.") {
+            return Some(String::new());
+        }
+        look_up(BERT, name)
+    })
+}
+
+/// Renames the trained parts of a LAVIS checkpoint (no image encoder, no language model).
+///
+/// # Errors
+/// If a tensor is none of LAVIS's.
+pub fn from_lavis(tensors: BTreeMap<String, Tensor>) -> Result<BTreeMap<String, Tensor>> {
+    rename(tensors, |name| match name.strip_prefix("Qformer.bert.") {
+        Some(rest) => look_up(BERT, rest).or_else(|| look_up(LAVIS_QFORMER, rest)),
+        None => look_up(LAVIS, name),
+    })
+}
+
+fn rename(
+    tensors: BTreeMap<String, Tensor>,
+    new_name: impl Fn(&str) -> Option<String>,
+) -> Result<BTreeMap<String, Tensor>> {
+    let mut renamed = BTreeMap::new();
+    let mut unknown = Vec::new();
+    for (name, tensor) in tensors {
+        match new_name(&name) {
+            Some(ours) if ours.is_empty() => {}
+            Some(ours) => {
+                renamed.insert(ours, tensor);
+            }
+            None => unknown.push(name),
+        }
+    }
+    if unknown.is_empty() { Ok(renamed) } else { Err(Error::Weights(format!("unexpected tensors {unknown:?}"))) }
+}
+
+/// A row names a tensor, or a module whose `weight` and `bias` follow.
+fn look_up(table: &[Row], name: &str) -> Option<String> {
+    table.iter().find_map(|(theirs, ours)| {
+        let (number, rest) = match theirs.split_once("{}") {
+            None => ("", name.strip_prefix(theirs)?),
+            Some((before, after)) => {
+                let behind = name.strip_prefix(before)?;
+                let digits = behind.bytes().take_while(u8::is_ascii_digit).count();
+                let (number, behind) = behind.split_at(digits);
+                (number, behind.strip_prefix(after)?)
+            }
+        };
+        if !matches!(rest, "" | ".weight" | ".bias") {
+            return None;
+        }
+        if ours.is_empty() {
+            return Some(String::new());
+        }
+        Some(ours.replacen("{}", number, 1) + rest)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_looked_up_whole() {
+        let found = |name| look_up(LAVIS_QFORMER, name).or_else(|| look_up(BERT, name));
+        assert_eq!(
+            found("encoder.layer.10.crossattention.self.key.bias").as_deref(),
+            Some("qformer.layers.10.cross_attn.k.bias")
+        );
+        assert_eq!(found("embeddings.LayerNorm.weight").as_deref(), Some("qformer.embed_norm.weight"));
+        assert_eq!(found("embeddings.position_ids").as_deref(), Some(""));
+        assert_eq!(found("encoder.layer.1.attention.self.query_weight"), None);
+    }
+}

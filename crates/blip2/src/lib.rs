@@ -13,6 +13,8 @@ pub mod generate;
 pub mod image;
 pub mod llama;
 pub mod llm;
+pub mod mini;
+pub mod model;
 pub mod nn;
 pub mod onnx;
 pub mod params;

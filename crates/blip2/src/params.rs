@@ -1,1 +1,312 @@
 //! Named tensors of one checkpoint, read strictly.
+//!
+//! A model's constructor asks [`Params`] for every tensor by name and shape. Whatever is missing, mis-shaped,
+//! non-finite or left over is collected, and [`Params::build`] refuses the checkpoint with the whole list:
+//! a model that loaded is a model whose every weight came from the file.
+//!
+//! The same constructor serves training and inference. From a [`ParamStore`] it gets trained tensors, which
+//! receive gradients; from a plain map it gets frozen ones, whose matrices are kept in a [`WeightFormat`].
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use blip2_ops::{FrozenWeight, WeightFormat};
+use candle_core::quantized::gguf_file;
+use candle_core::{DType, Device, Tensor, Var};
+
+use crate::nn::{LayerNorm, Linear};
+use crate::{Error, Result};
+
+/// How many problems an error message lists before it only counts them.
+const LISTED: usize = 12;
+
+/// The trained tensors of a model, by name, in the order of their names.
+///
+/// The order is the order of the optimiser's state and of the gradient bucket, so it must not depend on anything
+/// but the names.
+#[derive(Debug, Clone)]
+pub struct ParamStore {
+    vars: BTreeMap<String, Var>,
+}
+
+impl ParamStore {
+    /// Takes initial values, in f32.
+    ///
+    /// # Errors
+    /// If a tensor can't be converted to f32.
+    pub fn new(tensors: BTreeMap<String, Tensor>) -> Result<Self> {
+        let vars = tensors
+            .into_iter()
+            .map(|(name, tensor)| {
+                Ok((name, Var::from_tensor(&tensor.to_dtype(DType::F32)?.contiguous()?)?))
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self { vars })
+    }
+
+    /// Every trained tensor with its name, sorted by name.
+    pub fn vars(&self) -> impl Iterator<Item = (&str, &Var)> {
+        self.vars.iter().map(|(name, var)| (name.as_str(), var))
+    }
+
+    /// The trained tensor called `name`.
+    #[must_use]
+    pub fn get(&self, name: &str) -> Option<&Var> {
+        self.vars.get(name)
+    }
+
+    /// The present values; they share storage with the variables.
+    #[must_use]
+    pub fn to_tensors(&self) -> BTreeMap<String, Tensor> {
+        self.vars.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect()
+    }
+
+    /// Overwrites every value, strictly: the names and shapes must be the same.
+    ///
+    /// # Errors
+    /// If a name is missing or unknown or a shape differs.
+    pub fn set(&self, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
+        let unknown: Vec<_> =
+            tensors.keys().filter(|name| !self.vars.contains_key(*name)).collect();
+        if !unknown.is_empty() {
+            return Err(Error::Weights(format!("unexpected tensors {unknown:?}")));
+        }
+        for (name, var) in &self.vars {
+            let Some(tensor) = tensors.get(name) else {
+                return Err(Error::Weights(format!("missing tensor {name}")));
+            };
+            if tensor.shape() != var.shape() {
+                return Err(Error::Weights(format!(
+                    "{name} has shape {:?}, expected {:?}",
+                    tensor.dims(),
+                    var.dims()
+                )));
+            }
+            var.set(&tensor.to_dtype(DType::F32)?.contiguous()?)?;
+        }
+        Ok(())
+    }
+
+    /// The number of trained parameters.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.vars.values().map(|var| var.elem_count()).sum()
+    }
+
+    /// Builds a model whose tensors are the variables of this store.
+    ///
+    /// # Errors
+    /// If the model asks for a tensor that the store has not, or leaves one unused.
+    pub fn build<T>(&self, make: impl FnOnce(&Params) -> Result<T>) -> Result<T> {
+        let tensors =
+            self.vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect();
+        Params::root(tensors, Kind::Trained, "trained weights").build_with(make)
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Kind {
+    Trained,
+    Frozen(WeightFormat),
+}
+
+#[derive(Debug)]
+struct Source {
+    tensors: BTreeMap<String, Tensor>,
+    kind: Kind,
+    origin: String,
+    taken: Mutex<BTreeSet<String>>,
+    problems: Mutex<Vec<String>>,
+}
+
+/// A place in the tree of names: `params.pp("layers").pp(3)` stands for `layers.3`.
+#[derive(Debug, Clone)]
+pub struct Params {
+    source: Arc<Source>,
+    prefix: String,
+}
+
+impl Params {
+    fn root(tensors: BTreeMap<String, Tensor>, kind: Kind, origin: &str) -> Self {
+        let source = Source {
+            tensors,
+            kind,
+            origin: origin.into(),
+            taken: Mutex::default(),
+            problems: Mutex::default(),
+        };
+        Self { source: Arc::new(source), prefix: String::new() }
+    }
+
+    /// Builds a frozen model from `tensors`; `origin` (a file, say) is named in errors.
+    ///
+    /// # Errors
+    /// With the list of missing, unexpected, mis-shaped and non-finite tensors, if there is any.
+    pub fn build<T>(
+        tensors: BTreeMap<String, Tensor>,
+        format: WeightFormat,
+        origin: &str,
+        make: impl FnOnce(&Params) -> Result<T>,
+    ) -> Result<T> {
+        Self::root(tensors, Kind::Frozen(format), origin).build_with(make)
+    }
+
+    fn build_with<T>(self, make: impl FnOnce(&Params) -> Result<T>) -> Result<T> {
+        let model = make(&self)?;
+        let taken = lock(&self.source.taken);
+        let mut problems = std::mem::take(&mut *lock(&self.source.problems));
+        problems.extend(
+            self.source
+                .tensors
+                .keys()
+                .filter(|name| !taken.contains(*name))
+                .map(|name| format!("unexpected {name}")),
+        );
+        if problems.is_empty() {
+            return Ok(model);
+        }
+        let more = problems.len().saturating_sub(LISTED);
+        let mut list = problems.into_iter().take(LISTED).collect::<Vec<_>>().join("; ");
+        if more > 0 {
+            list += &format!("; and {more} more");
+        }
+        Err(Error::Weights(format!("{}: {list}", self.source.origin)))
+    }
+
+    /// The child called `name`.
+    #[must_use]
+    pub fn pp(&self, name: impl std::fmt::Display) -> Self {
+        let prefix = if self.prefix.is_empty() {
+            name.to_string()
+        } else {
+            format!("{}.{name}", self.prefix)
+        };
+        Self { source: self.source.clone(), prefix }
+    }
+
+    /// Whether there is a tensor called `name` here.
+    #[must_use]
+    pub fn has(&self, name: &str) -> bool {
+        self.source.tensors.contains_key(&self.path(name))
+    }
+
+    /// The tensor called `name`, in f32. A missing or wrong one is noted for [`Params::build`]'s error and
+    /// replaced by zeros, so that one run lists every problem.
+    ///
+    /// # Errors
+    /// Only if a tensor operation fails.
+    pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let path = self.path(name);
+        let problem = match self.source.tensors.get(&path) {
+            None => format!("missing {path} {shape:?}"),
+            Some(tensor) => {
+                lock(&self.source.taken).insert(path.clone());
+                if tensor.dims() != shape {
+                    format!("{path} has shape {:?}, expected {shape:?}", tensor.dims())
+                } else if matches!(self.source.kind, Kind::Trained) {
+                    // Converting would cut the tie to the variable; the store already holds f32.
+                    return Ok(tensor.clone());
+                } else {
+                    let tensor = tensor.to_dtype(DType::F32)?.contiguous()?;
+                    if is_finite(&tensor)? {
+                        return Ok(tensor);
+                    }
+                    format!("{path} holds NaN or infinity")
+                }
+            }
+        };
+        lock(&self.source.problems).push(problem);
+        Ok(Tensor::zeros(shape, DType::F32, &Device::Cpu)?)
+    }
+
+    /// A linear map `weight` (out, in), with `bias` (out) if asked for.
+    ///
+    /// # Errors
+    /// If the weight can't be stored in the wanted format.
+    pub fn linear(&self, input: usize, output: usize, bias: bool) -> Result<Linear> {
+        let weight = self.tensor("weight", &[output, input])?;
+        let bias = if bias { Some(self.tensor("bias", &[output])?) } else { None };
+        match self.source.kind {
+            Kind::Trained => Ok(Linear::trained(weight, bias)),
+            Kind::Frozen(format) => Ok(Linear::frozen(FrozenWeight::new(&weight, format)?, bias)),
+        }
+    }
+
+    /// A layer normalisation over `width`.
+    ///
+    /// # Errors
+    /// Only if a tensor operation fails.
+    pub fn layer_norm(&self, width: usize, eps: f64) -> Result<LayerNorm> {
+        Ok(LayerNorm::new(self.tensor("weight", &[width])?, self.tensor("bias", &[width])?, eps))
+    }
+
+    fn path(&self, name: &str) -> String {
+        if self.prefix.is_empty() { name.to_owned() } else { format!("{}.{name}", self.prefix) }
+    }
+}
+
+/// Reads every tensor of a safetensors or GGUF file.
+///
+/// # Errors
+/// If the file can't be read or is damaged; the message names it.
+pub fn read_file(path: &Path) -> Result<BTreeMap<String, Tensor>> {
+    read_weights(&std::fs::read(path).map_err(Error::io(path))?, path)
+}
+
+/// Every tensor in the bytes of a safetensors or GGUF file; quantised ones are unpacked to f32. `path` is for errors.
+///
+/// # Errors
+/// If the bytes are neither, or damaged.
+pub fn read_weights(bytes: &[u8], path: &Path) -> Result<BTreeMap<String, Tensor>> {
+    if bytes.starts_with(b"GGUF") {
+        return read_gguf(bytes).map_err(|err| Error::file(path, format!("not a readable GGUF file: {err}")));
+    }
+    let tensors = candle_core::safetensors::load_buffer(bytes, &Device::Cpu)
+        .map_err(|err| Error::file(path, format!("not a readable safetensors file: {err}")))?;
+    Ok(tensors.into_iter().collect())
+}
+
+/// The names and shapes in a GGUF file, or in a folder's `model.safetensors`, without reading any weight.
+///
+/// # Errors
+/// If the file can't be read or is damaged; the message names it.
+pub fn shapes(path: &Path) -> Result<BTreeMap<String, Vec<usize>>> {
+    let path = if path.is_dir() { path.join("model.safetensors") } else { path.to_path_buf() };
+    let file = std::fs::File::open(&path).map_err(Error::io(&path))?;
+    let mut reader = std::io::BufReader::new(file);
+    let mut magic = [0; 4];
+    std::io::Read::read_exact(&mut reader, &mut magic).map_err(Error::io(&path))?;
+    if &magic != b"GGUF" {
+        let tensors = read_file(&path)?;
+        return Ok(tensors.iter().map(|(name, tensor)| (name.clone(), tensor.dims().to_vec())).collect());
+    }
+    std::io::Seek::rewind(&mut reader).map_err(Error::io(&path))?;
+    let content = gguf_file::Content::read(&mut reader)
+        .map_err(|err| Error::file(&path, format!("not a readable GGUF file: {err}")))?;
+    Ok(content.tensor_infos.iter().map(|(name, info)| (name.clone(), info.shape.dims().to_vec())).collect())
+}
+
+fn read_gguf(bytes: &[u8]) -> candle_core::Result<BTreeMap<String, Tensor>> {
+    let mut reader = std::io::Cursor::new(bytes);
+    let content = gguf_file::Content::read(&mut reader)?;
+    let names: Vec<_> = content.tensor_infos.keys().cloned().collect();
+    names
+        .into_iter()
+        .map(|name| {
+            let tensor = content.tensor(&mut reader, &name, &Device::Cpu)?.dequantize(&Device::Cpu)?;
+            Ok((name, tensor))
+        })
+        .collect()
+}
+
+fn is_finite(tensor: &Tensor) -> Result<bool> {
+    // The sum of absolute values is finite only if every value is (f32 weights are far from overflowing it).
+    let sum = tensor.abs()?.to_dtype(DType::F32)?.sum_all()?.to_scalar::<f32>()?;
+    Ok(sum.is_finite())
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    // A poisoned list of names is still a list of names.
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}

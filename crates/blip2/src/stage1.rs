@@ -1,1 +1,158 @@
-//! Stage 1.
+//! Stage 1: the Q-Former learns which pictures and texts belong together (paper §3.2).
+//!
+//! `ln_vision`, the Q-Former and three heads: projections to a common space (ITC), matched or not (ITM), and the
+//! language-model head (ITG). Features in, features out: the losses are `blip2_train::losses`.
+//! Shapes: b batch, p picture tokens, q queries, t text tokens, e common space.
+
+use blip2_ops::{Dropout, l2_normalize};
+use candle_core::{D, Tensor};
+use serde::{Deserialize, Serialize};
+
+use crate::Result;
+use crate::nn::{KvCache, LayerNorm, Linear};
+use crate::params::Params;
+use crate::qformer::{Picture, QFormer, QFormerConfig};
+
+/// The shape of the stage-1 model.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Stage1Config {
+    /// The bridge.
+    pub qformer: QFormerConfig,
+    /// Features of the common space of pictures and texts.
+    pub embed_dim: usize,
+    /// Epsilon of `ln_vision`: 1e-5 in LAVIS, 1e-6 in Hugging Face files.
+    pub ln_vision_eps: f64,
+}
+
+/// A picture as stage 1 sees it.
+pub struct ImageFeatures {
+    /// The picture's keys and values, for further passes.
+    pub picture: Picture,
+    /// The queries' output (b, q, w).
+    pub queries: Tensor,
+    /// Projected and normalised (b, q, e).
+    pub embeds: Tensor,
+    /// The queries' self-attention keys and values, which ITG continues.
+    pub caches: Vec<KvCache>,
+}
+
+/// The stage-1 model without its image encoder.
+pub struct Stage1 {
+    config: Stage1Config,
+    ln_vision: LayerNorm,
+    qformer: QFormer,
+    vision_proj: Linear,
+    text_proj: Linear,
+    itm_head: Linear,
+    temp: Tensor,
+}
+
+impl Stage1 {
+    /// Reads the weights.
+    ///
+    /// # Errors
+    /// If the configuration makes no sense; weights that don't fit are reported by [`Params::build`].
+    pub fn new(params: &Params, config: &Stage1Config) -> Result<Self> {
+        let w = config.qformer.width;
+        Ok(Self {
+            ln_vision: params
+                .pp("ln_vision")
+                .layer_norm(config.qformer.encoder_width, config.ln_vision_eps)?,
+            qformer: QFormer::new(params, &config.qformer, true)?,
+            vision_proj: params.pp("vision_proj").linear(w, config.embed_dim, true)?,
+            text_proj: params.pp("text_proj").linear(w, config.embed_dim, true)?,
+            itm_head: params.pp("itm_head").linear(w, 2, true)?,
+            temp: params.tensor("temp", &[])?,
+            config: config.clone(),
+        })
+    }
+
+    /// The shape this model was built with.
+    #[must_use]
+    pub fn config(&self) -> &Stage1Config {
+        &self.config
+    }
+
+    /// The learned temperature, a scalar that divides similarities.
+    #[must_use]
+    pub fn temp(&self) -> &Tensor {
+        &self.temp
+    }
+
+    /// The bridge itself.
+    #[must_use]
+    pub fn qformer(&self) -> &QFormer {
+        &self.qformer
+    }
+
+    /// Image-encoder output (b, p, encoder width) → everything stage 1 wants of a picture.
+    ///
+    /// # Errors
+    /// If the width is another.
+    pub fn image(&self, patches: &Tensor, dropout: &Dropout) -> Result<ImageFeatures> {
+        let picture = self.qformer.picture(&self.ln_vision.forward(patches)?)?;
+        let (queries, caches) = self.qformer.queries(&picture, dropout)?;
+        let embeds = l2_normalize(&self.vision_proj.forward(&queries)?)?;
+        Ok(ImageFeatures { picture, queries, embeds, caches })
+    }
+
+    /// Texts `ids` (b, t) starting with `[CLS]`, `tokens` (b, t) u8 → projected and normalised (b, e).
+    ///
+    /// # Errors
+    /// If the text is too long.
+    pub fn text(&self, ids: &Tensor, tokens: &Tensor, dropout: &Dropout) -> Result<Tensor> {
+        let hidden = self.qformer.text(ids, tokens, dropout)?;
+        let cls = hidden.narrow(1, 0, 1)?.squeeze(1)?;
+        Ok(l2_normalize(&self.text_proj.forward(&cls)?)?)
+    }
+
+    /// Picture i with text i → logits (b, 2), not matched and matched, averaged over the queries.
+    ///
+    /// # Errors
+    /// If shapes don't fit.
+    pub fn itm(
+        &self,
+        picture: &Picture,
+        ids: &Tensor,
+        tokens: &Tensor,
+        dropout: &Dropout,
+    ) -> Result<Tensor> {
+        let queries = self.qformer.pair(picture, ids, tokens, dropout)?;
+        Ok(self.itm_head.forward(&queries)?.mean(1)?)
+    }
+
+    /// Texts starting with `[DEC]` behind the cached queries → hidden states (b, t, w) for [`QFormer::lm_logits`].
+    ///
+    /// # Errors
+    /// If shapes don't fit.
+    pub fn itg(
+        &self,
+        caches: &[KvCache],
+        ids: &Tensor,
+        tokens: &Tensor,
+        dropout: &Dropout,
+    ) -> Result<Tensor> {
+        self.qformer.continue_text(ids, tokens, &mut caches.to_vec(), dropout)
+    }
+}
+
+/// Cosine of every picture (a, q, e) with every text (b, e), the best of the queries: (a, b). No temperature.
+///
+/// # Errors
+/// If the common spaces differ.
+pub fn similarity(images: &Tensor, texts: &Tensor) -> Result<Tensor> {
+    let (a, q, e) = images.dims3()?;
+    let all = blip2_ops::linear(&images.reshape((a * q, e))?, texts, None)?; // (a·q, b)
+    Ok(all.reshape((a, q, texts.dim(0)?))?.max(1)?)
+}
+
+/// Probability that picture and text match, from ITM logits (b, 2).
+///
+/// # Errors
+/// If there are not two logits.
+pub fn match_probability(logits: &Tensor) -> Result<Vec<f32>> {
+    let difference = (logits.narrow(D::Minus1, 1, 1)? - logits.narrow(D::Minus1, 0, 1)?)?;
+    let difference = difference.flatten_all()?.to_vec1::<f32>()?;
+    Ok(difference.into_iter().map(|d| 1.0 / (1.0 + (-d).exp())).collect())
+}

@@ -1,1 +1,66 @@
-//! Stage 2.
+//! Stage 2: the queries become soft words in front of a frozen language model (paper §3.3).
+//!
+//! The trained part only: `ln_vision`, the query side of the Q-Former, and one fully connected layer into the language
+//! model's width. It knows no language model; [`crate::model`] and the trainer put the two together.
+//! Shapes: b batch, p picture tokens, q queries, l language-model width.
+
+use blip2_ops::Dropout;
+use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
+
+use crate::Result;
+use crate::nn::{LayerNorm, Linear};
+use crate::params::Params;
+use crate::qformer::{QFormer, QFormerConfig};
+
+/// The shape of the stage-2 bridge.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Stage2Config {
+    /// The Q-Former, without its text branch.
+    pub qformer: QFormerConfig,
+    /// Features per token of the language model.
+    pub llm_width: usize,
+    /// Epsilon of `ln_vision`: 1e-5 in LAVIS, 1e-6 in Hugging Face files.
+    pub ln_vision_eps: f64,
+}
+
+/// The bridge of stage 2.
+pub struct Stage2 {
+    config: Stage2Config,
+    ln_vision: LayerNorm,
+    qformer: QFormer,
+    llm_proj: Linear,
+}
+
+impl Stage2 {
+    /// Reads the weights.
+    ///
+    /// # Errors
+    /// If the configuration makes no sense; weights that don't fit are reported by [`Params::build`].
+    pub fn new(params: &Params, config: &Stage2Config) -> Result<Self> {
+        let q = &config.qformer;
+        Ok(Self {
+            ln_vision: params.pp("ln_vision").layer_norm(q.encoder_width, config.ln_vision_eps)?,
+            qformer: QFormer::new(params, q, false)?,
+            llm_proj: params.pp("llm_proj").linear(q.width, config.llm_width, true)?,
+            config: config.clone(),
+        })
+    }
+
+    /// The shape this bridge was built with.
+    #[must_use]
+    pub fn config(&self) -> &Stage2Config {
+        &self.config
+    }
+
+    /// Image-encoder output (b, p, encoder width) → soft words (b, q, l).
+    ///
+    /// # Errors
+    /// If the width is another.
+    pub fn soft_words(&self, patches: &Tensor, dropout: &Dropout) -> Result<Tensor> {
+        let picture = self.qformer.picture(&self.ln_vision.forward(patches)?)?;
+        let (queries, _) = self.qformer.queries(&picture, dropout)?;
+        self.llm_proj.forward(&queries)
+    }
+}

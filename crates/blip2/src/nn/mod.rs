@@ -1,1 +1,14 @@
-//! Leaves shared by all models.
+//! Leaves shared by all models. They know no model; blocks are written out in each model's own file.
+
+mod attention;
+mod kv_cache;
+mod linear;
+pub mod mask;
+mod mlp;
+mod norm;
+
+pub use attention::Attention;
+pub use kv_cache::KvCache;
+pub use linear::Linear;
+pub use mlp::{Activation, Mlp};
+pub use norm::{LayerNorm, RmsNorm};

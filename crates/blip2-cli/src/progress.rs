@@ -1,0 +1,50 @@
+//! A bar on standard error while something long goes on; a plain line where nobody watches.
+
+use std::io::IsTerminal as _;
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// Shows how far a download or a build is. One bar per name, in the order they come.
+#[derive(Default)]
+pub(crate) struct Progress {
+    shown: Option<(String, ProgressBar)>,
+}
+
+impl Progress {
+    /// `done` of `total` bytes of `name`; a total of 0 means unknown.
+    pub(crate) fn update(&mut self, name: &str, done: u64, total: u64) {
+        if !self.shown.as_ref().is_some_and(|(shown, _)| shown == name) {
+            self.finish();
+            self.shown = Some((name.to_owned(), begin(name, total)));
+        }
+        if let Some((_, bar)) = &self.shown {
+            bar.set_position(done);
+        }
+    }
+
+    fn finish(&mut self) {
+        if let Some((_, bar)) = self.shown.take() {
+            bar.finish();
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.finish();
+    }
+}
+
+fn begin(name: &str, total: u64) -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        eprintln!("{name} …");
+        return ProgressBar::hidden();
+    }
+    let bar = if total == 0 { ProgressBar::new_spinner() } else { ProgressBar::new(total) };
+    let template = if total == 0 { "{msg} {bytes}" } else { "{msg} {wide_bar} {bytes}/{total_bytes} {eta}" };
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style);
+    }
+    bar.set_message(name.to_owned());
+    bar
+}

@@ -1,0 +1,352 @@
+//! `attention`: scaled dot-product attention over heads that lie side by side in the last dimension.
+//!
+//! No transposed copies: a head is a block of columns of `(t, heads*d)`, and faer multiplies it in
+//! place. The probabilities are recomputed in the backward pass, so a graph holds none of them.
+//!
+//! Letters: b batch, tq/tk queries/keys, h heads, d width of a head.
+
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
+use rayon::prelude::*;
+
+use crate::dropout::DropoutKey;
+use crate::gemm::{self, Output, RowsMut, Threads, product};
+use crate::host::{self, Host, simd};
+
+const NAME: &str = "attention";
+
+/// How the last dimension of queries and keys divides into heads.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Heads {
+    /// Heads of the queries.
+    pub heads: usize,
+    /// Heads of keys and values; each serves `heads / kv_heads` neighbouring query heads.
+    pub kv_heads: usize,
+    /// Factor of the scores, usually `1/√d`.
+    pub scale: f32,
+}
+
+/// `softmax(scale q kᵀ + bias) v` per head: `q (b, tq, heads*d)`, `k, v (b, tk, kv_heads*d)` →
+/// `(b, tq, heads*d)`.
+///
+/// `bias` is f32 and broadcasts to `(b, heads, tq, tk)` like in NumPy; it gets no gradient. A query
+/// whose every score is -inf yields zeros. `dropout` acts on the probabilities.
+pub fn attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    bias: Option<&Tensor>,
+    heads: Heads,
+    dropout: Option<DropoutKey>,
+) -> Result<Tensor> {
+    host::check(NAME, &[q, k, v])?;
+    let dims = Dims::new(q, k, v, heads)?;
+    let bias = bias.map(|bias| Bias::new(bias, &dims)).transpose()?;
+    if let Some(key) = dropout {
+        key.check(NAME)?;
+    }
+    q.apply_op3(k, v, Attention { dims, scale: heads.scale, bias, dropout })
+}
+
+#[derive(Clone, Copy)]
+struct Dims {
+    b: usize,
+    tq: usize,
+    tk: usize,
+    h: usize,
+    kv: usize,
+    d: usize,
+}
+
+impl Dims {
+    fn new(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads) -> Result<Self> {
+        let Heads { heads: h, kv_heads: kv, .. } = heads;
+        let (&[b, tq, wq], &[bk, tk, wk]) = (q.dims(), k.dims()) else {
+            bail!("{NAME}: q {:?} and k {:?} must be (b, t, heads*d)", q.shape(), k.shape());
+        };
+        if h == 0 || kv == 0 || h % kv != 0 || wq % h != 0 {
+            bail!("{NAME}: {h} heads with {kv} key heads do not divide q {:?}", q.shape());
+        }
+        if b != bk || wk != wq / h * kv || k.dims() != v.dims() {
+            bail!(
+                "{NAME}: q {:?} with {h} heads, k {:?} and v {:?} with {kv} do not fit",
+                q.shape(),
+                k.shape(),
+                v.shape()
+            );
+        }
+        Ok(Self { b, tq, tk, h, kv, d: wq / h })
+    }
+
+    fn group(&self) -> usize {
+        self.h / self.kv
+    }
+
+    /// Multiplications of one product over all heads.
+    fn work(&self) -> usize {
+        self.b * self.h * self.tq * self.tk * self.d
+    }
+}
+
+/// An additive bias: contiguous values, and strides that are 0 where it is broadcast.
+struct Bias {
+    values: Tensor,
+    strides: [usize; 4],
+}
+
+impl Bias {
+    fn new(bias: &Tensor, dims: &Dims) -> Result<Self> {
+        host::check(NAME, &[bias])?;
+        let full = [dims.b, dims.h, dims.tq, dims.tk];
+        let own = bias.dims();
+        let fits = own.len() <= 4
+            && own.iter().rev().zip(full.iter().rev()).all(|(&own, &full)| own == 1 || own == full);
+        if !fits {
+            bail!("{NAME}: bias {:?} does not broadcast to {full:?}", bias.shape());
+        }
+        let mut strides = [0; 4];
+        let mut step = 1;
+        for (back, &size) in own.iter().rev().enumerate() {
+            strides[3 - back] = if size == 1 { 0 } else { step };
+            step *= size;
+        }
+        Ok(Self { values: bias.detach().contiguous()?, strides })
+    }
+}
+
+struct Attention {
+    dims: Dims,
+    scale: f32,
+    bias: Option<Bias>,
+    dropout: Option<DropoutKey>,
+}
+
+/// The numbers of one call, borrowed.
+struct Inputs<'a> {
+    q: &'a [f32],
+    k: &'a [f32],
+    v: &'a [f32],
+    bias: Option<&'a [f32]>,
+}
+
+impl Attention {
+    fn q<'a>(&self, data: &'a [f32], b: usize, head: usize) -> gemm::Rows<'a> {
+        let Dims { tq, h, d, .. } = self.dims;
+        gemm::columns(&data[b * tq * h * d..], tq, h * d, head * d, d)
+    }
+
+    fn kv<'a>(&self, data: &'a [f32], b: usize, head: usize) -> gemm::Rows<'a> {
+        let Dims { tk, kv, d, .. } = self.dims;
+        gemm::columns(&data[b * tk * kv * d..], tk, kv * d, head / self.dims.group() * d, d)
+    }
+
+    /// Fills `p (tq, tk)` with the probabilities of one head, before dropout.
+    fn probabilities(&self, x: &Inputs<'_>, b: usize, head: usize, p: &mut [f32]) {
+        let Dims { tq, tk, .. } = self.dims;
+        let (q, k) = (self.q(x.q, b, head), self.kv(x.k, b, head));
+        let scores = gemm::rows_mut(p, tq, tk);
+        product(scores, Output::Replace, self.scale, q, k.transpose(), Threads::One);
+        let strides = self.bias.as_ref().map_or([0; 4], |bias| bias.strides);
+        simd(
+            #[inline(always)]
+            || {
+                for (i, row) in p.chunks_exact_mut(tk).enumerate() {
+                    if let Some(bias) = x.bias {
+                        let at = b * strides[0] + head * strides[1] + i * strides[2];
+                        if strides[3] == 0 {
+                            row.iter_mut().for_each(|s| *s += bias[at]);
+                        } else {
+                            let bias = &bias[at..at + tk];
+                            row.iter_mut().zip(bias).for_each(|(s, b)| *s += b);
+                        }
+                    }
+                    soft_max(row);
+                }
+            },
+        );
+    }
+
+    fn drop_out(&self, b: usize, head: usize, p: &mut [f32]) {
+        if let Some(key) = self.dropout {
+            let first = (b * self.dims.h + head) * self.dims.tq * self.dims.tk;
+            simd(
+                #[inline(always)]
+                || key.mask(first, p),
+            );
+        }
+    }
+
+    /// Runs `task` for each item, with `scratch` numbers of its own per thread.
+    fn for_each<T: Send>(
+        &self,
+        tasks: Vec<T>,
+        scratch: usize,
+        task: impl Fn(&mut [f32], T) + Sync + Send,
+    ) {
+        if self.dims.work() < 64 * 1024 {
+            let mut scratch = vec![0f32; scratch];
+            tasks.into_iter().for_each(|t| task(&mut scratch, t));
+        } else {
+            tasks.into_par_iter().for_each_init(|| vec![0f32; scratch], |s, t| task(s, t));
+        }
+    }
+
+    fn forward(&self, x: &Inputs<'_>) -> Vec<f32> {
+        let Dims { b, tq, tk, h, d, .. } = self.dims;
+        let mut y = vec![0f32; b * tq * h * d];
+        let tasks = blocks(&mut y, tq, h * d, d);
+        self.for_each(tasks, tq * tk, |p, (b, head, out)| {
+            self.probabilities(x, b, head, p);
+            self.drop_out(b, head, p);
+            let v = self.kv(x.v, b, head);
+            product(out, Output::Replace, 1.0, gemm::rows(p, tq, tk), v, Threads::One);
+        });
+        y
+    }
+
+    /// Gradients of q, k, v as far as `want`ed (empty otherwise).
+    fn backward(&self, x: &Inputs<'_>, dy: &[f32], want: [bool; 3]) -> [Vec<f32>; 3] {
+        let Dims { b, tq, tk, h, kv, d } = self.dims;
+        let group = self.dims.group();
+        let size = |want: bool, n: usize| vec![0f32; if want { n } else { 0 }];
+        let mut dq = size(want[0], b * tq * h * d);
+        let mut dk = size(want[1], b * tk * kv * d);
+        let mut dv = size(want[2], b * tk * kv * d);
+
+        // One task per key head: the query heads of its group add to the same dk and dv.
+        let mut q_blocks = blocks(&mut dq, tq, h * d, group * d).into_iter();
+        let mut k_blocks = blocks(&mut dk, tk, kv * d, d).into_iter();
+        let mut v_blocks = blocks(&mut dv, tk, kv * d, d).into_iter();
+        let tasks: Vec<_> = (0..b * kv)
+            .map(|i| (i / kv, i % kv, q_blocks.next(), k_blocks.next(), v_blocks.next()))
+            .collect();
+        self.for_each(tasks, 2 * tq * tk, |scratch, (b, kv_head, dq, dk, dv)| {
+            let (p, ds) = scratch.split_at_mut(tq * tk);
+            let dq = dq.map(|(_, _, dq)| gemm::split_columns(dq, d)).unwrap_or_default();
+            let mut dq = dq.into_iter();
+            let mut dk = dk.map(|(_, _, dk)| dk);
+            let mut dv = dv.map(|(_, _, dv)| dv);
+            for head in kv_head * group..(kv_head + 1) * group {
+                let dy = self.q(dy, b, head);
+                self.probabilities(x, b, head, p);
+                if let Some(dv) = &mut dv {
+                    ds.copy_from_slice(p);
+                    self.drop_out(b, head, ds);
+                    let kept = gemm::rows(ds, tq, tk).transpose();
+                    product(dv.as_mut(), Output::Add, 1.0, kept, dy, Threads::One);
+                }
+                if !want[0] && !want[1] {
+                    continue;
+                }
+                let v = self.kv(x.v, b, head).transpose();
+                let out = gemm::rows_mut(ds, tq, tk);
+                product(out, Output::Replace, 1.0, dy, v, Threads::One);
+                self.drop_out(b, head, ds);
+                soft_max_backward(p, ds, tk);
+                let ds = gemm::rows(ds, tq, tk);
+                if let Some(dq) = dq.next() {
+                    let k = self.kv(x.k, b, head);
+                    product(dq, Output::Replace, self.scale, ds, k, Threads::One);
+                }
+                if let Some(dk) = &mut dk {
+                    let q = self.q(x.q, b, head);
+                    product(dk.as_mut(), Output::Add, self.scale, ds.transpose(), q, Threads::One);
+                }
+            }
+        });
+        [dq, dk, dv]
+    }
+}
+
+/// Blocks of `cols` columns of every `(t, width)` matrix in `data`, as (batch, block, view).
+fn blocks(
+    data: &mut [f32],
+    t: usize,
+    width: usize,
+    cols: usize,
+) -> Vec<(usize, usize, RowsMut<'_>)> {
+    if data.is_empty() {
+        return Vec::new();
+    }
+    let mut all = Vec::new();
+    for (b, matrix) in data.chunks_exact_mut(t * width).enumerate() {
+        let views = gemm::split_columns(gemm::rows_mut(matrix, t, width), cols);
+        all.extend(views.into_iter().enumerate().map(|(i, view)| (b, i, view)));
+    }
+    all
+}
+
+/// Soft-max of one row in place; a row of only -inf becomes zeros.
+#[inline(always)]
+fn soft_max(row: &mut [f32]) {
+    let top = host::max(row);
+    if top == f32::NEG_INFINITY {
+        row.fill(0.0);
+        return;
+    }
+    for s in row.iter_mut() {
+        *s = host::exp(*s - top);
+    }
+    let scale = 1.0 / host::sum(row);
+    for s in row.iter_mut() {
+        *s *= scale;
+    }
+}
+
+/// Turns gradients of probabilities into gradients of scores: `p (dp - Σ p dp)`.
+fn soft_max_backward(p: &[f32], dp: &mut [f32], tk: usize) {
+    simd(
+        #[inline(always)]
+        || {
+            for (p, dp) in p.chunks_exact(tk).zip(dp.chunks_exact_mut(tk)) {
+                let along = host::dot(p, dp);
+                for (dp, p) in dp.iter_mut().zip(p) {
+                    *dp = p * (*dp - along);
+                }
+            }
+        },
+    );
+}
+
+impl CustomOp3 for Attention {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let q = host::values(NAME, s1, l1)?;
+        let k = host::values(NAME, s2, l2)?;
+        let v = host::values(NAME, s3, l3)?;
+        let bias = self.bias.as_ref().map(|bias| Host::new(NAME, &bias.values)).transpose()?;
+        let y = self.forward(&Inputs { q: &q, k: &k, v: &v, bias: bias.as_deref() });
+        Ok((CpuStorage::F32(y), l1.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        _res: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let want = [q.track_op(), k.track_op(), v.track_op()];
+        let [dq, dk, dv] = {
+            let (q, k, v) = (Host::new(NAME, q)?, Host::new(NAME, k)?, Host::new(NAME, v)?);
+            let bias = self.bias.as_ref().map(|bias| Host::new(NAME, &bias.values)).transpose()?;
+            let inputs = Inputs { q: &q, k: &k, v: &v, bias: bias.as_deref() };
+            self.backward(&inputs, &Host::new(NAME, grad)?, want)
+        };
+        let take = |wanted: bool, values: Vec<f32>, like: &Tensor| {
+            wanted.then(|| host::tensor(values, like.shape())).transpose()
+        };
+        Ok((take(want[0], dq, q)?, take(want[1], dk, k)?, take(want[2], dv, v)?))
+    }
+}

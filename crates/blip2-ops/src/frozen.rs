@@ -1,0 +1,436 @@
+//! Weights that are used but never trained, in a small format, and the product with them.
+//!
+//! Activations stay f32 and are never quantised: a product equals the f32 product with the
+//! dequantised weight up to the order of sums. There is no gradient for a frozen weight, and no
+//! memory for one.
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor, bail};
+use half::f16;
+use rayon::prelude::*;
+
+use crate::gemm::{self, Output, Threads, product};
+use crate::host::{self, Host, simd};
+use crate::linear::{check_bias, fill_rows, out_shape};
+use crate::quant;
+
+const NAME: &str = "frozen_linear";
+
+/// Up to this many rows of x, each weight row is unpacked once and multiplied on the spot.
+const FEW_ROWS: usize = 8;
+/// Weight rows that are unpacked together for a matrix product.
+const PANEL: usize = 128;
+
+/// How a frozen weight is kept in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum WeightFormat {
+    /// 4 bytes per weight, exact.
+    F32,
+    /// 2 bytes per weight.
+    F16,
+    /// 34 bytes per 32 weights.
+    Q8_0,
+    /// 144 bytes per 256 weights.
+    Q4K,
+}
+
+impl WeightFormat {
+    /// All formats, best first.
+    pub const ALL: [Self; 4] = [Self::F32, Self::F16, Self::Q8_0, Self::Q4K];
+
+    /// The name used on the command line.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Q8_0 => "q8_0",
+            Self::Q4K => "q4_k",
+        }
+    }
+
+    /// The format used for rows of `width` weights: quantised blocks must divide a row, so Q4_K
+    /// falls back to Q8_0 and that to F16.
+    pub fn for_width(self, width: usize) -> Self {
+        match self {
+            Self::Q4K if !width.is_multiple_of(256) => Self::Q8_0.for_width(width),
+            Self::Q8_0 if !width.is_multiple_of(32) => Self::F16,
+            other => other,
+        }
+    }
+}
+
+impl fmt::Display for WeightFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+impl FromStr for WeightFormat {
+    type Err = candle_core::Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match Self::ALL.into_iter().find(|f| f.as_str() == name) {
+            Some(format) => Ok(format),
+            None => bail!("unknown weight format {name:?}: choose f32, f16, q8_0 or q4_k"),
+        }
+    }
+}
+
+/// A frozen weight `(out, in)`; cloning shares the memory.
+#[derive(Clone)]
+pub struct FrozenWeight(Arc<Inner>);
+
+struct Inner {
+    store: Store,
+    out: usize,
+    width: usize,
+}
+
+enum Store {
+    F32(Tensor),
+    F16(Vec<f16>),
+    Blocks(Arc<QTensor>),
+}
+
+impl fmt::Debug for FrozenWeight {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "FrozenWeight[{}, {}; {}]", self.0.out, self.0.width, self.format_name())
+    }
+}
+
+impl FrozenWeight {
+    /// Stores `weight (out, in)`, of any float type, as `format` (or what
+    /// [`WeightFormat::for_width`] makes of it). An f32 tensor kept as f32 is shared, not copied.
+    pub fn new(weight: &Tensor, format: WeightFormat) -> Result<Self> {
+        let &[out, width] = weight.dims() else {
+            bail!("frozen weight: {:?} is not (out, in)", weight.shape());
+        };
+        if !weight.device().is_cpu() {
+            bail!("frozen weight: works on the CPU only, got {:?}", weight.device().location());
+        }
+        if !weight.dtype().is_float() {
+            bail!("frozen weight: {:?} is not a float type", weight.dtype());
+        }
+        let weight = weight.detach();
+        let blocks = |dtype| -> Result<Store> {
+            let weight = weight.to_dtype(DType::F32)?.contiguous()?;
+            Ok(Store::Blocks(Arc::new(QTensor::quantize(&weight, dtype)?)))
+        };
+        // Candle cannot quantise nothing, and nothing needs no blocks.
+        let format = if out * width == 0 { WeightFormat::F32 } else { format.for_width(width) };
+        let store = match format {
+            WeightFormat::F32 => Store::F32(weight.to_dtype(DType::F32)?.contiguous()?),
+            WeightFormat::F16 => {
+                Store::F16(weight.to_dtype(DType::F16)?.flatten_all()?.to_vec1::<f16>()?)
+            }
+            WeightFormat::Q8_0 => blocks(GgmlDType::Q8_0)?,
+            WeightFormat::Q4K => blocks(GgmlDType::Q4K)?,
+        };
+        Ok(Self(Arc::new(Inner { store, out, width })))
+    }
+
+    /// Keeps a tensor read from a GGUF file in the format it has there.
+    pub fn from_qtensor(tensor: Arc<QTensor>) -> Result<Self> {
+        let &[out, width] = tensor.shape().dims() else {
+            bail!("frozen weight: {:?} is not (out, in)", tensor.shape());
+        };
+        if !tensor.device().is_cpu() {
+            bail!("frozen weight: works on the CPU only, got {:?}", tensor.device().location());
+        }
+        let store = match tensor.dtype() {
+            GgmlDType::F32 => Store::F32(tensor.dequantize(&Device::Cpu)?),
+            GgmlDType::F16 => {
+                let bytes = tensor.data()?;
+                Store::F16(
+                    bytes.as_chunks::<2>().0.iter().map(|b| f16::from_le_bytes(*b)).collect(),
+                )
+            }
+            _ => Store::Blocks(tensor),
+        };
+        Ok(Self(Arc::new(Inner { store, out, width })))
+    }
+
+    /// `(out, in)`.
+    pub fn shape(&self) -> (usize, usize) {
+        (self.0.out, self.0.width)
+    }
+
+    /// The format in memory: `f32`, `f16`, `q8_0`, `q4_k`, or another GGUF name in lower case.
+    pub fn format_name(&self) -> &'static str {
+        match &self.0.store {
+            Store::F32(_) => "f32",
+            Store::F16(_) => "f16",
+            Store::Blocks(q) => match q.dtype() {
+                GgmlDType::F32 => "f32",
+                GgmlDType::F16 => "f16",
+                GgmlDType::BF16 => "bf16",
+                GgmlDType::Q4_0 => "q4_0",
+                GgmlDType::Q4_1 => "q4_1",
+                GgmlDType::Q5_0 => "q5_0",
+                GgmlDType::Q5_1 => "q5_1",
+                GgmlDType::Q8_0 => "q8_0",
+                GgmlDType::Q8_1 => "q8_1",
+                GgmlDType::Q2K => "q2_k",
+                GgmlDType::Q3K => "q3_k",
+                GgmlDType::Q4K => "q4_k",
+                GgmlDType::Q5K => "q5_k",
+                GgmlDType::Q6K => "q6_k",
+                GgmlDType::Q8K => "q8_k",
+            },
+        }
+    }
+
+    /// Bytes of memory the weights take.
+    pub fn bytes(&self) -> usize {
+        match &self.0.store {
+            Store::F32(t) => t.elem_count() * 4,
+            Store::F16(v) => v.len() * 2,
+            Store::Blocks(q) => q.storage_size_in_bytes(),
+        }
+    }
+
+    /// The whole weight `(out, in)` in f32.
+    pub fn dequantize(&self) -> Result<Tensor> {
+        let Inner { store, out, width } = &*self.0;
+        if let Store::F32(t) = store {
+            return Ok(t.clone());
+        }
+        let reader = Reader::new(self)?;
+        let mut all = vec![0f32; out * width];
+        let chunk = host::rows_per_piece(*width) * width;
+        host::for_pieces(&mut all, chunk, |start, rows| reader.rows(start / width, rows));
+        host::tensor(all, (*out, *width))
+    }
+
+    /// Rows `ids` in f32, `(n, in)`: an embedding table that stays in its format.
+    pub fn rows(&self, ids: &[u32]) -> Result<Tensor> {
+        let Inner { out, width, .. } = &*self.0;
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= *out) {
+            bail!("frozen weight: row {id} is outside the table of {out} rows");
+        }
+        let reader = Reader::new(self)?;
+        let mut all = vec![0f32; ids.len() * width];
+        if !all.is_empty() {
+            for (row, &id) in all.chunks_exact_mut(*width).zip(ids) {
+                reader.rows(id as usize, row);
+            }
+        }
+        host::tensor(all, (ids.len(), *width))
+    }
+}
+
+/// Reads weight rows as f32.
+struct Reader<'a> {
+    source: Source<'a>,
+    width: usize,
+}
+
+enum Source<'a> {
+    F32(Host<'a>),
+    F16(&'a [f16]),
+    Bytes { dtype: GgmlDType, bytes: std::borrow::Cow<'a, [u8]>, per_row: usize },
+    Candle(&'a QTensor),
+}
+
+impl<'a> Reader<'a> {
+    fn new(weight: &'a FrozenWeight) -> Result<Self> {
+        let Inner { store, width, .. } = &*weight.0;
+        let source = match store {
+            Store::F32(t) => Source::F32(Host::new(NAME, t)?),
+            Store::F16(v) => Source::F16(v),
+            Store::Blocks(q) if quant::known(q.dtype()) => {
+                let dtype = q.dtype();
+                let per_row = width / dtype.block_size() * dtype.type_size();
+                Source::Bytes { dtype, bytes: q.data()?, per_row }
+            }
+            Store::Blocks(q) => Source::Candle(q),
+        };
+        Ok(Self { source, width: *width })
+    }
+
+    /// Fills `out` with whole rows from row `first` on.
+    fn rows(&self, first: usize, out: &mut [f32]) {
+        let start = first * self.width;
+        match &self.source {
+            Source::F32(w) => out.copy_from_slice(&w[start..start + out.len()]),
+            Source::F16(w) => quant::from_f16(&w[start..start + out.len()], out),
+            Source::Bytes { dtype, bytes, per_row } => {
+                let n = out.len().checked_div(self.width).unwrap_or(0);
+                let bytes = &bytes[first * per_row..(first + n) * per_row];
+                quant::dequantize(*dtype, bytes, out);
+            }
+            Source::Candle(q) => {
+                let n = out.len().checked_div(self.width).unwrap_or(0);
+                let ids: Vec<u32> = (first..first + n).map(|i| i as u32).collect();
+                let rows = Tensor::new(ids, &Device::Cpu).and_then(|ids| q.embedding(&ids));
+                // Rows and shape were checked when the weight was made.
+                match rows.and_then(|r| r.flatten_all()?.to_vec1::<f32>()) {
+                    Ok(rows) => out.copy_from_slice(&rows),
+                    Err(_) => out.fill(f32::NAN),
+                }
+            }
+        }
+    }
+
+    /// Runs `f` on row `i`, unpacked into `scratch` if need be.
+    fn with_row<R>(&self, i: usize, scratch: &mut [f32], f: impl FnOnce(&[f32]) -> R) -> R {
+        if let Source::F32(w) = &self.source {
+            return f(&w[i * self.width..(i + 1) * self.width]);
+        }
+        self.rows(i, scratch);
+        f(scratch)
+    }
+}
+
+/// `x (…, in) · weightᵀ + bias (out)` → `(…, out)`.
+///
+/// Backward gives the gradient of x only; a tracked `bias` would be an error in the model, so it is
+/// treated as a constant. If x is not tracked nothing is recorded.
+pub fn frozen_linear(x: &Tensor, weight: &FrozenWeight, bias: Option<&Tensor>) -> Result<Tensor> {
+    host::check(NAME, &[x])?;
+    let (out, width) = weight.shape();
+    if x.dims().last() != Some(&width) {
+        bail!("{NAME}: x {:?} does not fit weight [{out}, {width}] (out, in)", x.shape());
+    }
+    if let Some(bias) = bias {
+        check_bias(NAME, bias, out)?;
+    }
+    x.apply_op1(FrozenLinear { weight: weight.clone(), bias: bias.map(Tensor::detach) })
+}
+
+struct FrozenLinear {
+    weight: FrozenWeight,
+    bias: Option<Tensor>,
+}
+
+impl FrozenLinear {
+    fn forward(&self, x: &[f32], n: usize) -> Result<Vec<f32>> {
+        let (out, width) = self.weight.shape();
+        let reader = Reader::new(&self.weight)?;
+        let bias = self.bias.as_ref().map(|b| Host::new(NAME, b)).transpose()?;
+        let bias = bias.as_deref();
+        if n <= FEW_ROWS {
+            return Ok(few_rows(&reader, x, n, out, bias));
+        }
+        let mut y = vec![0f32; n * out];
+        let output = match bias {
+            Some(bias) => {
+                fill_rows(&mut y, bias);
+                Output::Add
+            }
+            None => Output::Replace,
+        };
+        let x = gemm::rows(x, n, width);
+        if let Source::F32(w) = &reader.source {
+            let w = gemm::rows(w, out, width).transpose();
+            product(gemm::rows_mut(&mut y, n, out), output, 1.0, x, w, Threads::All);
+            return Ok(y);
+        }
+        let panels = gemm::split_columns(gemm::rows_mut(&mut y, n, out), PANEL);
+        panels.into_par_iter().enumerate().for_each_init(
+            || vec![0f32; PANEL * width],
+            |scratch, (i, y)| {
+                let rows = y.ncols();
+                let w = &mut scratch[..rows * width];
+                reader.rows(i * PANEL, w);
+                let w = gemm::rows(w, rows, width).transpose();
+                product(y, output, 1.0, x, w, Threads::One);
+            },
+        );
+        Ok(y)
+    }
+
+    fn backward(&self, dy: &[f32], n: usize) -> Result<Vec<f32>> {
+        let (out, width) = self.weight.shape();
+        let reader = Reader::new(&self.weight)?;
+        let mut dx = vec![0f32; n * width];
+        if let Source::F32(w) = &reader.source {
+            let (dy, w) = (gemm::rows(dy, n, out), gemm::rows(w, out, width));
+            product(gemm::rows_mut(&mut dx, n, width), Output::Replace, 1.0, dy, w, Threads::All);
+            return Ok(dx);
+        }
+        // Panels add to the same dx, so they follow one another; each is done by all threads.
+        let mut scratch = vec![0f32; PANEL * width];
+        for first in (0..out).step_by(PANEL) {
+            let rows = PANEL.min(out - first);
+            let w = &mut scratch[..rows * width];
+            host::for_pieces(w, host::rows_per_piece(width) * width, |start, w| {
+                reader.rows(first + start / width, w);
+            });
+            let (dy, w) = (gemm::columns(dy, n, out, first, rows), gemm::rows(w, rows, width));
+            product(gemm::rows_mut(&mut dx, n, width), Output::Add, 1.0, dy, w, Threads::All);
+        }
+        Ok(dx)
+    }
+}
+
+/// Dot products of every weight row with each of a few rows of x.
+fn few_rows(
+    reader: &Reader<'_>,
+    x: &[f32],
+    n: usize,
+    out: usize,
+    bias: Option<&[f32]>,
+) -> Vec<f32> {
+    let width = reader.width;
+    // (out, n): the results of one weight row lie together, and are turned round at the end.
+    let mut turned = vec![0f32; out * n];
+    if turned.is_empty() {
+        return turned;
+    }
+    let per_piece = host::rows_per_piece(width);
+    let work = |(piece, y): (usize, &mut [f32])| {
+        let mut scratch = vec![0f32; width];
+        for (r, y) in y.chunks_exact_mut(n).enumerate() {
+            let o = piece * per_piece + r;
+            reader.with_row(o, &mut scratch, |w| {
+                simd(
+                    #[inline(always)]
+                    || {
+                        for (i, y) in y.iter_mut().enumerate() {
+                            *y = host::dot(&x[i * width..(i + 1) * width], w);
+                        }
+                    },
+                );
+            });
+            if let Some(bias) = bias {
+                y.iter_mut().for_each(|y| *y += bias[o]);
+            }
+        }
+    };
+    turned.par_chunks_mut(per_piece * n).enumerate().for_each(work);
+    if n == 1 {
+        return turned;
+    }
+    let mut y = vec![0f32; n * out];
+    for (o, values) in turned.chunks_exact(n).enumerate() {
+        for (i, value) in values.iter().enumerate() {
+            y[i * out + o] = *value;
+        }
+    }
+    y
+}
+
+impl CustomOp1 for FrozenLinear {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let x = host::values(NAME, storage, layout)?;
+        let dims = layout.dims();
+        let n = dims[..dims.len() - 1].iter().product();
+        let shape = out_shape(layout.shape(), self.weight.shape().0);
+        Ok((CpuStorage::F32(self.forward(&x, n)?), shape))
+    }
+
+    fn bwd(&self, x: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let n = x.dims()[..x.rank() - 1].iter().product();
+        let dx = self.backward(&Host::new(NAME, grad)?, n)?;
+        Ok(Some(host::tensor(dx, x.shape())?))
+    }
+}

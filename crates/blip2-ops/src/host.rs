@@ -1,0 +1,312 @@
+//! Access to CPU f32 tensors, and the loops every kernel is built from.
+//!
+//! Not an op: the other files use it to borrow a tensor's numbers (gathering them only when they
+//! are strided), to split work over threads, and to choose SIMD at run time.
+//!
+//! Results never depend on how threads are scheduled: work is split into pieces of fixed size that
+//! write disjoint outputs, and partial sums are added in the order of the pieces.
+
+use std::borrow::Cow;
+use std::ops::Deref;
+
+use candle_core::{CpuStorage, Device, Layout, Result, Storage, StorageRef, Tensor, bail};
+use rayon::prelude::*;
+
+/// Elements per piece of an element-wise loop: large enough to hide the cost of a rayon job, small
+/// enough to stay in the second-level cache.
+pub(crate) const GRAIN: usize = 16 * 1024;
+
+/// Runs `f` compiled for the widest SIMD this machine has (`f` must be `#[inline(always)]`).
+#[inline(always)]
+pub(crate) fn simd<R>(f: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(f)
+}
+
+/// The numbers of a CPU f32 tensor in row-major order: borrowed when contiguous, else gathered.
+pub(crate) struct Host<'a> {
+    storage: StorageRef<'a>,
+    span: (usize, usize),
+    gathered: Option<Vec<f32>>,
+}
+
+impl<'a> Host<'a> {
+    /// Borrows `tensor`, or explains that `op` cannot work on it.
+    pub(crate) fn new(op: &str, tensor: &'a Tensor) -> Result<Self> {
+        let (storage, layout) = tensor.storage_and_layout();
+        let (span, gathered) = match &*storage {
+            Storage::Cpu(CpuStorage::F32(all)) => match layout.contiguous_offsets() {
+                Some(span) => (span, None),
+                None => ((0, 0), Some(gather(all, layout))),
+            },
+            Storage::Cpu(_) => bail!("{op}: works on f32 tensors only, got {:?}", tensor.dtype()),
+            _ => bail!("{op}: works on the CPU only, got {:?}", tensor.device().location()),
+        };
+        Ok(Self { storage, span, gathered })
+    }
+}
+
+impl Deref for Host<'_> {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        match (&self.gathered, &*self.storage) {
+            (Some(values), _) => values,
+            (None, Storage::Cpu(CpuStorage::F32(all))) => &all[self.span.0..self.span.1],
+            _ => &[],
+        }
+    }
+}
+
+/// The numbers of one argument of a candle custom op in row-major order.
+pub(crate) fn values<'a>(
+    op: &str,
+    storage: &'a CpuStorage,
+    layout: &Layout,
+) -> Result<Cow<'a, [f32]>> {
+    let CpuStorage::F32(all) = storage else {
+        use candle_core::backend::BackendStorage;
+        bail!("{op}: works on f32 tensors only, got {:?}", storage.dtype())
+    };
+    Ok(match layout.contiguous_offsets() {
+        Some((start, end)) => Cow::Borrowed(&all[start..end]),
+        None => Cow::Owned(gather(all, layout)),
+    })
+}
+
+/// The elements of a strided view in row-major order.
+fn gather(all: &[f32], layout: &Layout) -> Vec<f32> {
+    let (dims, strides) = (layout.dims(), layout.stride());
+    let mut out = Vec::with_capacity(layout.shape().elem_count());
+    let (Some((&inner, outer)), Some(&step)) = (dims.split_last(), strides.last()) else {
+        return vec![all[layout.start_offset()]];
+    };
+    if layout.shape().elem_count() == 0 {
+        return out;
+    }
+    // An odometer over all dimensions but the last.
+    let mut at = vec![0usize; outer.len()];
+    let mut offset = layout.start_offset();
+    loop {
+        match step {
+            1 => out.extend_from_slice(&all[offset..offset + inner]),
+            _ => out.extend((0..inner).map(|i| all[offset + i * step])),
+        }
+        let Some(axis) = (0..outer.len()).rev().find(|&axis| at[axis] + 1 < outer[axis]) else {
+            return out;
+        };
+        for wrapped in axis + 1..outer.len() {
+            offset -= at[wrapped] * strides[wrapped];
+            at[wrapped] = 0;
+        }
+        at[axis] += 1;
+        offset += strides[axis];
+    }
+}
+
+/// Refuses tensors that are not f32 on the CPU, naming the op.
+pub(crate) fn check(op: &str, tensors: &[&Tensor]) -> Result<()> {
+    for tensor in tensors {
+        if !tensor.device().is_cpu() {
+            bail!("{op}: works on the CPU only, got {:?}", tensor.device().location());
+        }
+        if tensor.dtype() != candle_core::DType::F32 {
+            bail!("{op}: works on f32 tensors only, got {:?}", tensor.dtype());
+        }
+    }
+    Ok(())
+}
+
+/// The last dimension of `x`, or an error that names the op for a scalar.
+pub(crate) fn last_dim(op: &str, x: &Tensor) -> Result<usize> {
+    match x.dims().last() {
+        Some(&d) => Ok(d),
+        None => bail!("{op}: needs at least one dimension, got a scalar"),
+    }
+}
+
+/// A CPU tensor that owns `values` (no copy).
+pub(crate) fn tensor(values: Vec<f32>, shape: impl Into<candle_core::Shape>) -> Result<Tensor> {
+    Tensor::from_vec(values, shape.into(), &Device::Cpu)
+}
+
+/// Calls `f(start, piece)` on pieces of `chunk` elements of `out`, in parallel if there are several.
+pub(crate) fn for_pieces(out: &mut [f32], chunk: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+    let chunk = chunk.max(1);
+    if out.len() <= chunk {
+        if !out.is_empty() {
+            f(0, out);
+        }
+        return;
+    }
+    out.par_chunks_mut(chunk).enumerate().for_each(|(i, piece)| f(i * chunk, piece));
+}
+
+/// Rows of `width` elements that make up one piece of about [`GRAIN`] elements.
+pub(crate) fn rows_per_piece(width: usize) -> usize {
+    (GRAIN / width.max(1)).max(1)
+}
+
+/// Sum of the columns of a row-major `(rows, width)` matrix; rows are added first to last.
+pub(crate) fn column_sums(matrix: &[f32], width: usize) -> Vec<f32> {
+    const COLUMNS: usize = 256;
+    let mut sums = vec![0f32; width];
+    if matrix.is_empty() {
+        return sums;
+    }
+    let add = |start: usize, piece: &mut [f32]| {
+        simd(
+            #[inline(always)]
+            || {
+                for row in matrix.chunks_exact(width) {
+                    let row = &row[start..start + piece.len()];
+                    for (s, r) in piece.iter_mut().zip(row) {
+                        *s += r;
+                    }
+                }
+            },
+        );
+    };
+    if matrix.len() < GRAIN {
+        add(0, &mut sums);
+    } else {
+        for_pieces(&mut sums, COLUMNS, add);
+    }
+    sums
+}
+
+/// Lanes of the partial sums of a reduction. Fixed, so that the rounding is the same on every machine.
+const LANES: usize = 16;
+
+/// Sum in [`LANES`] partial sums.
+#[inline(always)]
+pub(crate) fn sum(x: &[f32]) -> f32 {
+    reduce(x, |s, x| s + x)
+}
+
+/// Sum of squares of `x - mean`.
+#[inline(always)]
+pub(crate) fn sum_squares(x: &[f32], mean: f32) -> f32 {
+    reduce(x, |s, x| s + (x - mean) * (x - mean))
+}
+
+#[inline(always)]
+fn reduce(x: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut acc = [0f32; LANES];
+    let (blocks, rest) = x.as_chunks::<LANES>();
+    for block in blocks {
+        for (a, x) in acc.iter_mut().zip(block) {
+            *a = f(*a, *x);
+        }
+    }
+    let mut tail = 0f32;
+    for &x in rest {
+        tail = f(tail, x);
+    }
+    fold(acc) + tail
+}
+
+/// Dot product in [`LANES`] partial sums.
+#[inline(always)]
+pub(crate) fn dot(x: &[f32], y: &[f32]) -> f32 {
+    let n = x.len().min(y.len());
+    let mut acc = [0f32; LANES];
+    let (xs, x_rest) = x[..n].as_chunks::<LANES>();
+    let (ys, y_rest) = y[..n].as_chunks::<LANES>();
+    for (x, y) in xs.iter().zip(ys) {
+        for l in 0..LANES {
+            acc[l] += x[l] * y[l];
+        }
+    }
+    let mut tail = 0f32;
+    for (x, y) in x_rest.iter().zip(y_rest) {
+        tail += x * y;
+    }
+    fold(acc) + tail
+}
+
+/// Sum of `(x - mean) * y` in [`LANES`] partial sums.
+#[inline(always)]
+pub(crate) fn dot_centred(x: &[f32], mean: f32, y: &[f32]) -> f32 {
+    let n = x.len().min(y.len());
+    let mut acc = [0f32; LANES];
+    let (xs, x_rest) = x[..n].as_chunks::<LANES>();
+    let (ys, y_rest) = y[..n].as_chunks::<LANES>();
+    for (x, y) in xs.iter().zip(ys) {
+        for l in 0..LANES {
+            acc[l] += (x[l] - mean) * y[l];
+        }
+    }
+    let mut tail = 0f32;
+    for (x, y) in x_rest.iter().zip(y_rest) {
+        tail += (x - mean) * y;
+    }
+    fold(acc) + tail
+}
+
+/// Largest element, negative infinity if there is none.
+#[inline(always)]
+pub(crate) fn max(x: &[f32]) -> f32 {
+    let mut acc = [f32::NEG_INFINITY; LANES];
+    let (blocks, rest) = x.as_chunks::<LANES>();
+    for block in blocks {
+        for (a, x) in acc.iter_mut().zip(block) {
+            *a = if *x > *a { *x } else { *a };
+        }
+    }
+    let mut top = f32::NEG_INFINITY;
+    for &x in acc.iter().chain(rest) {
+        top = if x > top { x } else { top };
+    }
+    top
+}
+
+/// Sum of `exp(x - top)` in [`LANES`] partial sums.
+#[inline(always)]
+pub(crate) fn sum_exp(x: &[f32], top: f32) -> f32 {
+    reduce(
+        x,
+        #[inline(always)]
+        |s, x| s + exp(x - top),
+    )
+}
+
+#[inline(always)]
+fn fold(mut acc: [f32; LANES]) -> f32 {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for l in 0..half {
+            acc[l] += acc[l + half];
+        }
+        half /= 2;
+    }
+    acc[0]
+}
+
+/// e^x to about 2 units in the last place; 0 below the smallest normal number.
+#[inline(always)]
+pub(crate) fn exp(x: f32) -> f32 {
+    // 1.5 * 2^23: adding it rounds to the nearest integer, which is left in the low mantissa bits.
+    const ROUND: f32 = 12_582_912.0;
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    let clamped = x.clamp(-87.3, 88.7);
+    let shifted = clamped * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let r = clamped - n * LN2_HIGH - n * LN2_LOW;
+    // Taylor's series to r^7 leaves 2e-9 on |r| <= ln(2)/2.
+    let p = 1.0 / 5040.0;
+    let p = p * r + 1.0 / 720.0;
+    let p = p * r + 1.0 / 120.0;
+    let p = p * r + 1.0 / 24.0;
+    let p = p * r + 1.0 / 6.0;
+    let p = p * r + 0.5;
+    let p = p * r + 1.0;
+    let p = p * r + 1.0;
+    // 2^n in two factors, so that n = 128 does not overflow early.
+    let bits = shifted.to_bits() << 23;
+    let power = f32::from_bits(bits.wrapping_add(126 << 23)) * 2.0;
+    let y = p * power;
+    let y = if x < -87.3 { 0.0 } else { y };
+    let y = if x > 88.7 { f32::INFINITY } else { y };
+    if x.is_nan() { x } else { y }
+}

@@ -1,0 +1,196 @@
+//! Reading GGUF blocks: rows of stored bytes → f32, bit for bit what candle's `dequantize` gives.
+//!
+//! Block layouts are those of the GGUF format. Formats without a reader here fall back to candle's
+//! own (slower) row look-up in `frozen.rs`.
+
+use candle_core::quantized::GgmlDType;
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+
+use crate::host::simd;
+
+/// Whether [`dequantize`] knows the format.
+pub(crate) fn known(dtype: GgmlDType) -> bool {
+    use GgmlDType::{BF16, F16, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
+    matches!(dtype, BF16 | F16 | Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q8_0 | Q4K | Q5K | Q6K)
+}
+
+/// Unpacks whole blocks of a [`known`] format.
+pub(crate) fn dequantize(dtype: GgmlDType, bytes: &[u8], out: &mut [f32]) {
+    simd(
+        #[inline(always)]
+        || match dtype {
+            GgmlDType::F16 => halves(bytes, out, f16::from_le_bytes, f16::to_f32),
+            GgmlDType::BF16 => halves(bytes, out, bf16::from_le_bytes, bf16::to_f32),
+            GgmlDType::Q4_0 => blocks::<18, 32>(bytes, out, q4_0),
+            GgmlDType::Q4_1 => blocks::<20, 32>(bytes, out, q4_1),
+            GgmlDType::Q5_0 => blocks::<22, 32>(bytes, out, q5_0),
+            GgmlDType::Q5_1 => blocks::<24, 32>(bytes, out, q5_1),
+            GgmlDType::Q8_0 => blocks::<34, 32>(bytes, out, q8_0),
+            GgmlDType::Q4K => blocks::<144, 256>(bytes, out, q4_k),
+            GgmlDType::Q5K => blocks::<176, 256>(bytes, out, q5_k),
+            GgmlDType::Q6K => blocks::<210, 256>(bytes, out, q6_k),
+            _ => out.fill(f32::NAN),
+        },
+    );
+}
+
+/// Unpacks f16 values.
+pub(crate) fn from_f16(values: &[f16], out: &mut [f32]) {
+    values.convert_to_f32_slice(out);
+}
+
+#[inline(always)]
+fn halves<T>(bytes: &[u8], out: &mut [f32], read: fn([u8; 2]) -> T, to_f32: fn(T) -> f32) {
+    for (b, y) in bytes.as_chunks::<2>().0.iter().zip(out) {
+        *y = to_f32(read(*b));
+    }
+}
+
+#[inline(always)]
+fn blocks<const BYTES: usize, const N: usize>(
+    bytes: &[u8],
+    out: &mut [f32],
+    unpack: impl Fn(&[u8; BYTES], &mut [f32; N]),
+) {
+    let out = out.as_chunks_mut::<N>().0;
+    for (block, y) in bytes.as_chunks::<BYTES>().0.iter().zip(out) {
+        unpack(block, y);
+    }
+}
+
+#[inline(always)]
+fn half(block: &[u8], at: usize) -> f32 {
+    f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
+}
+
+#[inline(always)]
+fn word(block: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]])
+}
+
+/// d, 16 bytes of nibbles: first halves, then second halves.
+#[inline(always)]
+fn q4_0(block: &[u8; 18], y: &mut [f32; 32]) {
+    let d = half(block, 0);
+    for j in 0..16 {
+        let q = i32::from(block[2 + j]);
+        y[j] = ((q & 15) - 8) as f32 * d;
+        y[j + 16] = ((q >> 4) - 8) as f32 * d;
+    }
+}
+
+/// d, minimum, nibbles.
+#[inline(always)]
+fn q4_1(block: &[u8; 20], y: &mut [f32; 32]) {
+    let (d, m) = (half(block, 0), half(block, 2));
+    for j in 0..16 {
+        let q = i32::from(block[4 + j]);
+        y[j] = (q & 15) as f32 * d + m;
+        y[j + 16] = (q >> 4) as f32 * d + m;
+    }
+}
+
+/// d, 32 fifth bits, nibbles.
+#[inline(always)]
+fn q5_0(block: &[u8; 22], y: &mut [f32; 32]) {
+    let (d, high) = (half(block, 0), word(block, 2));
+    for j in 0..16 {
+        let q = u32::from(block[6 + j]);
+        let low = (q & 15) | ((high >> j) & 1) << 4;
+        let top = (q >> 4) | ((high >> (j + 16)) & 1) << 4;
+        y[j] = (low as i32 - 16) as f32 * d;
+        y[j + 16] = (top as i32 - 16) as f32 * d;
+    }
+}
+
+/// d, minimum, 32 fifth bits, nibbles.
+#[inline(always)]
+fn q5_1(block: &[u8; 24], y: &mut [f32; 32]) {
+    let (d, m, high) = (half(block, 0), half(block, 2), word(block, 4));
+    for j in 0..16 {
+        let q = u32::from(block[8 + j]);
+        let low = (q & 15) | ((high >> j) & 1) << 4;
+        let top = (q >> 4) | ((high >> (j + 16)) & 1) << 4;
+        y[j] = low as f32 * d + m;
+        y[j + 16] = top as f32 * d + m;
+    }
+}
+
+/// d, 32 signed bytes.
+#[inline(always)]
+fn q8_0(block: &[u8; 34], y: &mut [f32; 32]) {
+    let d = half(block, 0);
+    for (y, q) in y.iter_mut().zip(&block[2..]) {
+        *y = f32::from(*q as i8) * d;
+    }
+}
+
+/// The j-th of eight 6-bit (scale, minimum) pairs packed in 12 bytes.
+#[inline(always)]
+fn scale_min(j: usize, s: &[u8]) -> (f32, f32) {
+    let (scale, min) = if j < 4 {
+        (s[j] & 63, s[j + 4] & 63)
+    } else {
+        (s[j + 4] & 15 | (s[j - 4] >> 6) << 4, s[j + 4] >> 4 | (s[j] >> 6) << 4)
+    };
+    (f32::from(scale), f32::from(min))
+}
+
+/// d, dmin, scales, then four groups of 32 bytes: low nibbles, high nibbles.
+#[inline(always)]
+fn q4_k(block: &[u8; 144], y: &mut [f32; 256]) {
+    let (d, dmin, scales) = (half(block, 0), half(block, 2), &block[4..16]);
+    for g in 0..4 {
+        let q = &block[16 + 32 * g..48 + 32 * g];
+        let y = &mut y[64 * g..64 * g + 64];
+        let ((s1, m1), (s2, m2)) = (scale_min(2 * g, scales), scale_min(2 * g + 1, scales));
+        let (d1, m1, d2, m2) = (d * s1, dmin * m1, d * s2, dmin * m2);
+        let (low, high) = y.split_at_mut(32);
+        for ((low, high), q) in low.iter_mut().zip(high).zip(q) {
+            *low = d1 * f32::from(q & 15) - m1;
+            *high = d2 * f32::from(q >> 4) - m2;
+        }
+    }
+}
+
+/// As Q4_K with a plane of fifth bits before the nibbles.
+#[inline(always)]
+fn q5_k(block: &[u8; 176], y: &mut [f32; 256]) {
+    let (d, dmin, scales) = (half(block, 0), half(block, 2), &block[4..16]);
+    let fifth = &block[16..48];
+    for g in 0..4 {
+        let q = &block[48 + 32 * g..80 + 32 * g];
+        let y = &mut y[64 * g..64 * g + 64];
+        let ((s1, m1), (s2, m2)) = (scale_min(2 * g, scales), scale_min(2 * g + 1, scales));
+        let (d1, m1, d2, m2) = (d * s1, dmin * m1, d * s2, dmin * m2);
+        let (low, high) = y.split_at_mut(32);
+        for (((low, high), q), fifth) in low.iter_mut().zip(high).zip(q).zip(fifth) {
+            let bits = fifth >> (2 * g);
+            *low = d1 * f32::from(q & 15 | (bits & 1) << 4) - m1;
+            *high = d2 * f32::from(q >> 4 | (bits & 2) << 3) - m2;
+        }
+    }
+}
+
+/// 128 low nibble bytes, 64 bytes of upper pairs of bits, 16 signed scales, d.
+#[inline(always)]
+fn q6_k(block: &[u8; 210], y: &mut [f32; 256]) {
+    let d = half(block, 208);
+    for n in 0..2 {
+        let ql = &block[64 * n..64 * n + 64];
+        let qh = &block[128 + 32 * n..160 + 32 * n];
+        let sc = &block[192 + 8 * n..200 + 8 * n];
+        let y = &mut y[128 * n..128 * n + 128];
+        for half in 0..2 {
+            let ds = [0, 2, 4, 6].map(|i| d * f32::from(sc[half + i] as i8));
+            for l in 16 * half..16 * half + 16 {
+                let (a, b, h) = (i32::from(ql[l]), i32::from(ql[l + 32]), i32::from(qh[l]));
+                y[l] = ds[0] * ((a & 15 | (h & 3) << 4) - 32) as f32;
+                y[l + 32] = ds[1] * ((b & 15 | (h >> 2 & 3) << 4) - 32) as f32;
+                y[l + 64] = ds[2] * ((a >> 4 | (h >> 4 & 3) << 4) - 32) as f32;
+                y[l + 96] = ds[3] * ((b >> 4 | (h >> 6) << 4) - 32) as f32;
+            }
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! One training step of each stage: a model and a batch in, the losses out. The loop around it is the trainer.
+
+use std::sync::Arc;
+
+use blip2::llm::Llm;
+use blip2::stage1::Stage1;
+use blip2::stage2::Stage2;
+use blip2::tokenizer::{Side, TextBatch};
+use blip2_ops::{Communicator, Dropout, all_gather};
+use candle_core::{DType, Device, Tensor};
+
+use crate::Result;
+use crate::losses::{self, Gathered, Targets};
+use crate::rng::Rng;
+
+/// Texts as token ids, padded on the right.
+#[derive(Debug, Clone)]
+pub struct Texts {
+    /// (b, t) u32.
+    pub ids: Tensor,
+    /// (b, t) u8, 1 = a token, 0 = padding.
+    pub tokens: Tensor,
+}
+
+/// What stage 1 learns from: b pairs.
+pub struct Stage1Batch<'a> {
+    /// Image-encoder output (b, p, encoder width).
+    pub patches: &'a Tensor,
+    /// Texts starting with `[CLS]` and ending with `[SEP]`.
+    pub texts: &'a Texts,
+    /// Which pictures are the same, if several pairs may share one.
+    pub image_ids: Option<&'a [i64]>,
+}
+
+/// The four numbers of stage 1, scalars.
+pub struct Stage1Losses {
+    /// Their sum, equal weights: what is minimised.
+    pub total: Tensor,
+    /// Image–text contrast.
+    pub itc: Tensor,
+    /// Image–text matching.
+    pub itm: Tensor,
+    /// Image-grounded text generation.
+    pub itg: Tensor,
+}
+
+/// Everything a step draws or shares, apart from batch and weights.
+pub struct StepContext<'a> {
+    /// Dropout of this step.
+    pub dropout: &'a Dropout,
+    /// Label smoothing of ITC and ITG.
+    pub smoothing: f32,
+    /// Draws the hard negatives.
+    pub rng: Rng,
+    /// The other ranks.
+    pub ranks: &'a Arc<dyn Communicator>,
+}
+
+/// Hard negatives of a batch of b pairs, as indices into the pairs of all ranks.
+pub struct Negatives {
+    /// For text i, a picture that is not its own.
+    pub images: Vec<u32>,
+    /// For picture i, a text that is not its own.
+    pub texts: Vec<u32>,
+}
+
+/// Stage 1 (paper §3.2): ITC + ITM + ITG.
+///
+/// # Errors
+/// If shapes don't fit, or the batch has fewer than two different pictures.
+pub fn stage1(
+    model: &Stage1,
+    batch: &Stage1Batch<'_>,
+    mut context: StepContext<'_>,
+) -> Result<Stage1Losses> {
+    stage1_with(model, batch, &mut context, |rng, sims_t2i, sims_i2t, same| {
+        Ok(Negatives {
+            images: losses::hard_negatives(sims_t2i, same, rng)?,
+            texts: losses::hard_negatives(sims_i2t, same, rng)?,
+        })
+    })
+}
+
+/// [`stage1`] with the choice of hard negatives given: the goldens fix the draw.
+///
+/// `choose` gets the similarities texts→pictures and pictures→texts (b, n) and a test for "shows the same picture".
+///
+/// # Errors
+/// As [`stage1`].
+pub fn stage1_with(
+    model: &Stage1,
+    batch: &Stage1Batch<'_>,
+    context: &mut StepContext<'_>,
+    choose: impl FnOnce(&mut Rng, &Tensor, &Tensor, &dyn Fn(usize, usize) -> bool) -> Result<Negatives>,
+) -> Result<Stage1Losses> {
+    let (dropout, ranks) = (context.dropout, context.ranks);
+    let b = batch.patches.dim(0)?;
+    let first = ranks.rank() * b;
+    let Texts { ids, tokens } = batch.texts;
+
+    let image = model.image(batch.patches, dropout)?;
+    let text = model.text(ids, tokens, dropout)?;
+    let all_ids = batch.image_ids.map(|ids| gather_ids(ids, ranks)).transpose()?;
+    let all_images = ranks.all_gather(&image.embeds.detach())?;
+    let all_texts = ranks.all_gather(&text.detach())?;
+    let gathered =
+        Gathered { images: &all_images, texts: &all_texts, first, image_ids: all_ids.as_deref() };
+    let itc = losses::itc(&image.embeds, &text, &gathered, model.temp(), context.smoothing)?;
+
+    let same = |row: usize, column: usize| match &all_ids {
+        Some(ids) => ids[first + row] == ids[column],
+        None => first + row == column,
+    };
+    let negatives = choose(&mut context.rng, &itc.sim_t2i, &itc.sim_i2t, &same)?;
+    let own: Vec<u32> = (first as u32..(first + b) as u32).collect();
+    // Right pairs, then each text with a wrong picture, then each picture with a wrong text.
+    let pictures = [own.as_slice(), &negatives.images, &own].concat();
+    let texts = [own.as_slice(), &own, &negatives.texts].concat();
+    let all_pictures = image.picture.map(|kv| all_gather(kv, ranks))?;
+    let logits = model.itm(
+        &all_pictures.select(&pictures)?,
+        &select(&ranks.all_gather(ids)?, &texts)?,
+        &select(&ranks.all_gather(tokens)?, &texts)?,
+        dropout,
+    )?;
+    let itm = losses::itm(&logits)?;
+
+    let (decoder_ids, targets) =
+        itg_inputs(ids, tokens, model.config().qformer.vocab_size as u32 - 1)?;
+    let hidden = model.itg(&image.caches, &decoder_ids, tokens, dropout)?;
+    let logits = model.qformer().lm_logits(&targets.select(&hidden)?)?;
+    let itg = losses::lm(&logits, &targets, context.smoothing)?;
+
+    let total = ((&itc.loss + &itm)? + &itg)?;
+    Ok(Stage1Losses { total, itc: itc.loss, itm, itg })
+}
+
+/// ITG reads the same text with `[DEC]` (`dec`) in the place of `[CLS]` and predicts every token behind it.
+fn itg_inputs(ids: &Tensor, tokens: &Tensor, dec: u32) -> Result<(Tensor, Targets)> {
+    let mut rows = ids.to_vec2::<u32>()?;
+    let labels: Vec<Vec<Option<u32>>> = rows
+        .iter()
+        .zip(tokens.to_vec2::<u8>()?)
+        .map(|(row, seen)| {
+            row.iter().zip(seen).map(|(&id, seen)| (seen != 0).then_some(id)).collect()
+        })
+        .collect();
+    for row in &mut rows {
+        row[0] = dec;
+    }
+    Ok((Tensor::new(rows, &Device::Cpu)?, Targets::shifted(&labels)))
+}
+
+fn select(rows: &Tensor, index: &[u32]) -> Result<Tensor> {
+    Ok(rows.index_select(&Tensor::new(index, &Device::Cpu)?, 0)?)
+}
+
+fn gather_ids(ids: &[i64], ranks: &Arc<dyn Communicator>) -> Result<Vec<i64>> {
+    let local = Tensor::new(ids, &Device::Cpu)?;
+    Ok(ranks.all_gather(&local)?.to_dtype(DType::I64)?.to_vec1::<i64>()?)
+}
+
+/// One text of stage 2, start and end tokens included.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LlmText {
+    /// Token ids.
+    pub ids: Vec<u32>,
+    /// The first so many ids are given, not predicted. LAVIS counts the start token among them only if there is a prompt:
+    /// with an empty one it is 0, and the start token is predicted from the last query.
+    pub prompt_len: usize,
+}
+
+/// Stage 2 (paper §3.3) for language models that only decode: [queries][text][padding], the loss on the text alone.
+///
+/// `patches` (b, p, encoder width), one text each.
+///
+/// # Errors
+/// If shapes don't fit, or no text has a token to predict.
+pub fn stage2(bridge: &Stage2, llm: &Llm, patches: &Tensor, texts: &[LlmText], dropout: &Dropout) -> Result<Tensor> {
+    let soft = bridge.soft_words(patches, dropout)?;
+    let queries = soft.dim(1)?;
+    let rows: Vec<Vec<u32>> = texts.iter().map(|text| text.ids.clone()).collect();
+    let batch = TextBatch::new(&rows, llm.eos(), Side::Right, 0)?;
+    let embeds = Tensor::cat(&[&soft, &llm.embed(&batch.ids)?], 1)?;
+    let mask: Vec<Vec<bool>> =
+        batch.mask.iter().map(|row| std::iter::repeat_n(true, queries).chain(row.iter().copied()).collect()).collect();
+    let hidden = llm.hidden(&embeds, &mask, None)?;
+    let targets = Targets::shifted(&labels(texts, queries, embeds.dim(1)?));
+    let logits = llm.logits(&targets.select(&hidden)?)?;
+    losses::lm(&logits, &targets, 0.0)
+}
+
+fn labels(texts: &[LlmText], queries: usize, width: usize) -> Vec<Vec<Option<u32>>> {
+    let row = |text: &LlmText| {
+        let mut labels = vec![None; width];
+        for (t, id) in text.ids.iter().enumerate().skip(text.prompt_len) {
+            labels[queries + t] = Some(*id);
+        }
+        labels
+    };
+    texts.iter().map(row).collect()
+}

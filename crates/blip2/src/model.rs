@@ -1,0 +1,472 @@
+//! A whole model, ready to use: [`Captioner`] (stage 2) and [`Matcher`] (stage 1).
+//!
+//! A model is a folder with a `model.json` (a [`Manifest`]) that says which parts there are, their shapes and the files they
+//! are in. The frozen parts may be *shared*: fetched once into the cache, the same for every bridge trained on them.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use blip2_ops::{Dropout, WeightFormat};
+use candle_core::{Device, Tensor};
+use serde::{Deserialize, Serialize};
+
+use crate::assets::{self, Progress};
+use crate::generate::{self, Hypothesis};
+use crate::image::{self, Normalize, Rgb};
+use crate::llm::{Llm, LlmDecoder};
+use crate::params::{self, Params};
+use crate::stage1::{self, Stage1, Stage1Config};
+use crate::stage2::{Stage2, Stage2Config};
+use crate::tokenizer::{Padding, Side, TextBatch, Tokenizer, Width};
+use crate::vit::{Vit, VitConfig};
+use crate::{Error, Result};
+
+/// The name of the description inside a model's folder.
+pub const MANIFEST: &str = "model.json";
+
+/// What a model is made of.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// For people.
+    pub name: String,
+    /// The frozen image encoder.
+    pub vision: VisionPart,
+    /// The frozen language model; not needed for matching.
+    pub llm: Option<LlmPart>,
+    /// Matching and embedding.
+    pub stage1: Option<Stage1Part>,
+    /// Captions and answers.
+    pub stage2: Option<Stage2Part>,
+}
+
+/// The frozen image encoder.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VisionPart {
+    /// Its shape.
+    pub config: VitConfig,
+    /// Where its weights are.
+    pub weights: PartFile,
+    /// What its pixels are normalised with.
+    pub normalize: Normalize,
+}
+
+/// The frozen language model: a GGUF file, or safetensors with a `tokenizer.json` beside it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LlmPart {
+    /// Where its weights are.
+    pub weights: PartFile,
+}
+
+/// The bridge after stage 1.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Stage1Part {
+    /// Its shape.
+    pub config: Stage1Config,
+    /// File of its weights, safetensors or GGUF.
+    pub weights: String,
+    /// File of its word pieces, one a line.
+    pub vocab: String,
+    /// Longest text in tokens.
+    pub max_text_len: usize,
+}
+
+/// The bridge after stage 2.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Stage2Part {
+    /// Its shape.
+    pub config: Stage2Config,
+    /// File of its weights, safetensors or GGUF.
+    pub weights: String,
+    /// Text before a caption.
+    pub caption_prompt: String,
+    /// Text before an answer; `{}` stands for the question.
+    pub question_prompt: String,
+}
+
+/// Where a frozen part is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PartFile {
+    /// The mini model's, in the cache.
+    Mini,
+    /// A file in the model's folder.
+    File(String),
+}
+
+/// Where a model's own files are.
+#[derive(Debug, Clone)]
+pub enum Files {
+    /// A folder.
+    Folder(PathBuf),
+    /// Inside this program: (name, bytes).
+    Builtin(&'static [(&'static str, &'static [u8])]),
+}
+
+impl Files {
+    /// The bytes of the file called `name`.
+    ///
+    /// # Errors
+    /// If it is not there or can't be read; the message names it.
+    pub fn read(&self, name: &str) -> Result<Cow<'static, [u8]>> {
+        match self {
+            Self::Folder(folder) => {
+                let path = folder.join(name);
+                Ok(std::fs::read(&path).map_err(Error::io(&path))?.into())
+            }
+            Self::Builtin(files) => files
+                .iter()
+                .find(|(file, _)| *file == name)
+                .map(|(_, bytes)| Cow::Borrowed(*bytes))
+                .ok_or_else(|| Error::file(name, "not among the files built into this program")),
+        }
+    }
+
+    /// How errors name the file called `name`.
+    #[must_use]
+    pub fn describe(&self, name: &str) -> PathBuf {
+        match self {
+            Self::Folder(folder) => folder.join(name),
+            Self::Builtin(_) => Path::new("(built in)").join(name),
+        }
+    }
+}
+
+/// A model's folder, its description read and nothing else.
+#[derive(Debug, Clone)]
+pub struct Model {
+    /// The description.
+    pub manifest: Manifest,
+    files: Files,
+}
+
+impl Model {
+    /// Reads the description.
+    ///
+    /// # Errors
+    /// If there is no `model.json`, or a field of it is missing, unknown or of the wrong kind.
+    pub fn open(files: Files) -> Result<Self> {
+        let bytes = files.read(MANIFEST)?;
+        let manifest = serde_json::from_slice(&bytes)
+            .map_err(|err| Error::file(files.describe(MANIFEST), err.to_string()))?;
+        Ok(Self { manifest, files })
+    }
+
+    /// Loads the frozen image encoder.
+    ///
+    /// # Errors
+    /// If its weights can't be found or don't fit.
+    pub fn vision(&self, format: WeightFormat, progress: Progress<'_>) -> Result<Vision> {
+        let part = &self.manifest.vision;
+        let origin = match &part.weights {
+            PartFile::Mini => assets::mini_parts(progress)?.vit,
+            PartFile::File(name) => self.files.describe(name),
+        };
+        let tensors = self.vision_tensors(progress)?;
+        let vit = Params::build(tensors, format, &origin.to_string_lossy(), |p| Vit::new(p, &part.config))?;
+        Ok(Vision { vit, normalize: part.normalize })
+    }
+
+    /// Loads the frozen language model with its tokenizer; `format` `None` keeps weights as they are stored.
+    ///
+    /// # Errors
+    /// If there is none, or its weights can't be found or don't fit.
+    pub fn llm(&self, format: Option<WeightFormat>, progress: Progress<'_>) -> Result<(Llm, Tokenizer)> {
+        Llm::open(&self.llm_path(progress)?, format)
+    }
+
+    /// Loads what captions and answers.
+    ///
+    /// # Errors
+    /// If the model has no stage-2 part, or weights don't fit.
+    pub fn captioner(&self, format: Option<WeightFormat>, progress: Progress<'_>) -> Result<Captioner> {
+        let part = self.manifest.stage2.clone().ok_or_else(|| self.lacks("stage-2 part (captions, answers)"))?;
+        let vision = self.vision(format.unwrap_or(WeightFormat::F32), &mut *progress)?;
+        let (llm, tokenizer) = self.llm(format, progress)?;
+        let bridge = self.build(&part.weights, format, |p| Stage2::new(p, &part.config))?;
+        Ok(Captioner { vision, bridge, llm, tokenizer, part })
+    }
+
+    /// Loads what matches and embeds.
+    ///
+    /// # Errors
+    /// If the model has no stage-1 part, or weights don't fit.
+    pub fn matcher(&self, format: Option<WeightFormat>, progress: Progress<'_>) -> Result<Matcher> {
+        let part = self.manifest.stage1.clone().ok_or_else(|| self.lacks("stage-1 part (match, embed)"))?;
+        let vision = self.vision(format.unwrap_or(WeightFormat::F32), progress)?;
+        let bridge = self.build(&part.weights, format, |p| Stage1::new(p, &part.config))?;
+        let tokenizer = Tokenizer::from_wordpiece_vocab(&self.files.read(&part.vocab)?)?;
+        Ok(Matcher { vision, bridge, tokenizer, max_text_len: part.max_text_len })
+    }
+
+    /// The tensors of the image encoder, unread by any model.
+    ///
+    /// # Errors
+    /// If its weights can't be found or are damaged.
+    pub fn vision_tensors(&self, progress: Progress<'_>) -> Result<BTreeMap<String, Tensor>> {
+        match &self.manifest.vision.weights {
+            PartFile::Mini => params::read_file(&assets::mini_parts(progress)?.vit),
+            PartFile::File(name) => self.weights(name),
+        }
+    }
+
+    /// The file of the language model.
+    ///
+    /// # Errors
+    /// If there is none, or it can't be fetched.
+    pub fn llm_path(&self, progress: Progress<'_>) -> Result<PathBuf> {
+        let part = self.manifest.llm.as_ref().ok_or_else(|| self.lacks("language model"))?;
+        Ok(match &part.weights {
+            PartFile::Mini => assets::mini_parts(progress)?.llm_gguf,
+            PartFile::File(name) => self.files.describe(name),
+        })
+    }
+
+    /// The tensors of one of the model's own weight files.
+    ///
+    /// # Errors
+    /// If the file is missing or damaged; the message names it.
+    pub fn weights(&self, name: &str) -> Result<BTreeMap<String, Tensor>> {
+        params::read_weights(&self.files.read(name)?, &self.files.describe(name))
+    }
+
+    fn build<T>(
+        &self,
+        weights: &str,
+        format: Option<WeightFormat>,
+        make: impl FnOnce(&Params) -> Result<T>,
+    ) -> Result<T> {
+        let origin = self.files.describe(weights);
+        let format = format.unwrap_or(WeightFormat::F32);
+        Params::build(self.weights(weights)?, format, &origin.to_string_lossy(), make)
+    }
+
+    fn lacks(&self, what: &str) -> Error {
+        Error::Config(format!("model {} has no {what}", self.manifest.name))
+    }
+}
+
+/// The image encoder with what prepares its pixels.
+pub struct Vision {
+    vit: Vit,
+    normalize: Normalize,
+}
+
+impl Vision {
+    /// Pictures of any size → features (b, tokens, width).
+    ///
+    /// # Errors
+    /// Only if a tensor operation fails.
+    pub fn encode(&self, pictures: &[Rgb]) -> Result<Tensor> {
+        self.vit.forward(&self.pixels(pictures)?)
+    }
+
+    /// Pictures of any size → normalised pixels (b, 3, size, size), resized as PIL does.
+    ///
+    /// # Errors
+    /// Only if a tensor operation fails.
+    pub fn pixels(&self, pictures: &[Rgb]) -> Result<Tensor> {
+        use rayon::prelude::*;
+        let size = self.vit.config().image_size;
+        let each: Vec<Tensor> = pictures
+            .par_iter()
+            .map(|picture| image::preprocess(picture, size, &self.normalize))
+            .collect::<Result<_>>()?;
+        Ok(Tensor::stack(&each, 0)?)
+    }
+
+    /// The encoder's shape.
+    #[must_use]
+    pub fn config(&self) -> &VitConfig {
+        self.vit.config()
+    }
+}
+
+/// Captions pictures and answers questions about them.
+pub struct Captioner {
+    vision: Vision,
+    bridge: Stage2,
+    llm: Llm,
+    tokenizer: Tokenizer,
+    part: Stage2Part,
+}
+
+impl Captioner {
+    /// The text that a caption goes on from.
+    #[must_use]
+    pub fn caption_prompt(&self) -> &str {
+        &self.part.caption_prompt
+    }
+
+    /// The text that the answer to `question` goes on from, after the earlier turns (question, answer).
+    #[must_use]
+    pub fn question_prompt(&self, history: &[(&str, &str)], question: &str) -> String {
+        let ask = |question: &str| self.part.question_prompt.replacen("{}", question.trim(), 1);
+        let turns = history.iter().map(|(question, answer)| format!("{} {}. ", ask(question), answer.trim()));
+        turns.collect::<String>() + &ask(question)
+    }
+
+    /// For each picture with its prompt, the best texts.
+    ///
+    /// # Errors
+    /// If there are not as many prompts as pictures, or an option is out of range.
+    pub fn generate(
+        &self,
+        pictures: &[Rgb],
+        prompts: &[&str],
+        options: &generate::Options,
+    ) -> Result<Vec<Vec<Hypothesis>>> {
+        self.generate_from(&self.vision.encode(pictures)?, prompts, options)
+    }
+
+    /// [`Self::generate`] for pictures that are encoded already: `patches` (b, tokens, width).
+    ///
+    /// # Errors
+    /// As [`Self::generate`].
+    pub fn generate_from(
+        &self,
+        patches: &Tensor,
+        prompts: &[&str],
+        options: &generate::Options,
+    ) -> Result<Vec<Vec<Hypothesis>>> {
+        let b = patches.dim(0)?;
+        if prompts.len() != b {
+            return Err(Error::Config(format!("{} prompts for {b} pictures", prompts.len())));
+        }
+        let soft = self.bridge.soft_words(patches, &Dropout::off())?;
+        let ids = prompts.iter().map(|p| prompt_ids(&self.tokenizer, p)).collect::<Result<Vec<_>>>()?;
+        let (embeds, mask) = join_left_padded(&soft, &ids, &self.llm)?;
+        let mut options = options.clone();
+        if options.eos.is_empty() {
+            options.eos = vec![self.tokenizer.special().eos];
+        }
+        let mut decoder = LlmDecoder::new(&self.llm, embeds, mask)?;
+        generate::generate(&mut decoder, b, &options)
+    }
+
+    /// The text of a hypothesis, without special tokens and outer spaces.
+    ///
+    /// # Errors
+    /// If an id is no token.
+    pub fn text(&self, hypothesis: &Hypothesis) -> Result<String> {
+        Ok(self.tokenizer.decode(&hypothesis.tokens, true)?.trim().to_owned())
+    }
+
+    /// The image encoder, for callers that keep its output.
+    #[must_use]
+    pub fn vision(&self) -> &Vision {
+        &self.vision
+    }
+}
+
+/// The ids of a prompt as stage 2 reads it: the start token, if the language model has one, and the text.
+///
+/// # Errors
+/// If the text is too long for the tokenizer.
+pub fn prompt_ids(tokenizer: &Tokenizer, prompt: &str) -> Result<Vec<u32>> {
+    let mut ids: Vec<u32> = tokenizer.special().bos.into_iter().collect();
+    ids.extend(tokenizer.encode(prompt, false)?);
+    Ok(ids)
+}
+
+/// Soft words (b, q, l) in front of each row's prompt, padded on the left: embeddings (b, t, l) and which are real.
+fn join_left_padded(soft: &Tensor, prompts: &[Vec<u32>], llm: &Llm) -> Result<(Tensor, Vec<Vec<bool>>)> {
+    let (_, q, width) = soft.dims3()?;
+    let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
+    let (mut rows, mut mask) = (Vec::new(), Vec::new());
+    for (i, ids) in prompts.iter().enumerate() {
+        let padding = longest - ids.len();
+        let mut parts = vec![soft.narrow(0, i, 1)?];
+        if padding > 0 {
+            parts.insert(0, Tensor::zeros((1, padding, width), soft.dtype(), &Device::Cpu)?);
+        }
+        if !ids.is_empty() {
+            parts.push(llm.embed(&Tensor::new(ids.as_slice(), &Device::Cpu)?.unsqueeze(0)?)?);
+        }
+        rows.push(Tensor::cat(&parts, 1)?);
+        mask.push((0..longest + q).map(|column| column >= padding).collect());
+    }
+    Ok((Tensor::cat(&rows, 0)?, mask))
+}
+
+/// How a text fits a picture.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Score {
+    /// Probability that they match, by the ITM head.
+    pub itm: f32,
+    /// Cosine in the common space, the best of the queries.
+    pub itc: f32,
+}
+
+/// Matches pictures with texts and embeds both.
+pub struct Matcher {
+    vision: Vision,
+    bridge: Stage1,
+    tokenizer: Tokenizer,
+    max_text_len: usize,
+}
+
+impl Matcher {
+    /// For each picture the score of each text.
+    ///
+    /// # Errors
+    /// If a text is too long for the tokenizer.
+    pub fn score(&self, pictures: &[Rgb], texts: &[&str]) -> Result<Vec<Vec<Score>>> {
+        let off = Dropout::off();
+        let batch = self.tokenize(texts)?;
+        let (ids, tokens) = (&batch.ids, batch.mask_tensor()?);
+        let image = self.bridge.image(&self.vision.encode(pictures)?, &off)?;
+        let cosines = stage1::similarity(&image.embeds, &self.bridge.text(ids, &tokens, &off)?)?.to_vec2::<f32>()?;
+        let mut scores = Vec::with_capacity(pictures.len());
+        for (i, cosines) in cosines.into_iter().enumerate() {
+            // One picture with every text: each row of the batch is the same picture.
+            let picture = image.picture.select(&vec![i as u32; texts.len()])?;
+            let matched = stage1::match_probability(&self.bridge.itm(&picture, ids, &tokens, &off)?)?;
+            scores.push(matched.into_iter().zip(cosines).map(|(itm, itc)| Score { itm, itc }).collect());
+        }
+        Ok(scores)
+    }
+
+    /// Pictures → (b, queries, e), normalised.
+    ///
+    /// # Errors
+    /// Only if a tensor operation fails.
+    pub fn embed_images(&self, pictures: &[Rgb]) -> Result<Tensor> {
+        Ok(self.bridge.image(&self.vision.encode(pictures)?, &Dropout::off())?.embeds)
+    }
+
+    /// Texts → (b, e), normalised.
+    ///
+    /// # Errors
+    /// If a text is too long for the tokenizer.
+    pub fn embed_texts(&self, texts: &[&str]) -> Result<Tensor> {
+        let batch = self.tokenize(texts)?;
+        self.bridge.text(&batch.ids, &batch.mask_tensor()?, &Dropout::off())
+    }
+
+    /// Texts as the bridge reads them: `[CLS]` … `[SEP]`, cut at the longest it was trained on.
+    ///
+    /// # Errors
+    /// If a text is too long for the tokenizer.
+    pub fn tokenize(&self, texts: &[&str]) -> Result<TextBatch> {
+        let padding = Padding { max_len: self.max_text_len, side: Side::Right, width: Width::Longest };
+        self.tokenizer.encode_batch(texts, padding, true)
+    }
+
+    /// The stage-1 bridge, for callers that keep features.
+    #[must_use]
+    pub fn bridge(&self) -> &Stage1 {
+        &self.bridge
+    }
+
+    /// The image encoder, for callers that keep its output.
+    #[must_use]
+    pub fn vision(&self) -> &Vision {
+        &self.vision
+    }
+}
