@@ -33,7 +33,7 @@ const MEASURES: [&str; 34] = [
     "handful", "lump", "row",
 ];
 /// Nouns that take no article.
-const MASS: [&str; 78] = [
+const MASS: [&str; 79] = [
     "rice", "bread", "corn", "hair", "confetti", "money", "soap", "butter", "honey", "milk",
     "water", "pasta", "spaghetti", "lettuce", "garlic", "broccoli", "ginger", "bacon", "cheese",
     "salt", "fire", "fog", "bamboo", "food", "ice", "sake", "curry", "soup", "popcorn", "luggage",
