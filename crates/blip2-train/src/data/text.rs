@@ -42,7 +42,7 @@ const MASS: &[&str] = &[
     "fondue", "lemonade", "coffee", "tea", "wine", "beer", "toast", "parsley", "algae", "knitting",
     "measuring tape", "equipment", "makeup", "nail polish", "shaved ice", "saturn", "jupiter",
     "mars", "venus", "pluto", "neptune", "uranus", "stonehenge", "sushi", "sashimi", "tofu", "juggling",
-    "hopscotch", "ramen",
+    "hopscotch", "ramen", "camping", "bowling", "swimming", "hard candy", "mount fuji",
 ];
 /// Words in -s that are no plurals.
 const SINGULAR_S: &[&str] = &[
@@ -51,6 +51,7 @@ const SINGULAR_S: &[&str] = &[
     "atlas", "lens", "tennis", "gas", "chess", "bass", "moss", "brass", "hibiscus", "crocus",
     "lotus", "eyeglass", "waitress", "actress", "princess", "goddess", "boss", "fortress",
     "cutlass", "species", "series", "santa claus", "claus", "mistress", "triceratops", "tyrannosaurus",
+    "rhinoceros",
 ];
 /// Things that are pairs or many: plural words without a final s, and plural-only nouns.
 const PLURALS: &[&str] = &[
@@ -109,7 +110,7 @@ pub fn with_article(phrase: &str) -> String {
     let head = head_of(phrase, false);
     let tail = phrase.split(' ').take(head.0 + 1).collect::<Vec<_>>().join(" ");
     let mass = MASS.contains(&head.1.as_str()) || MASS.iter().any(|m| tail.ends_with(m) && m.contains(' '));
-    if mass || is_plural(&head.1) || first.ends_with("ing") && phrase.split(' ').count() == 1 {
+    if mass || is_plural(&head.1) {
         return phrase.to_owned();
     }
     format!("{} {phrase}", article(first))
@@ -121,6 +122,10 @@ fn head_of(phrase: &str, through: bool) -> (usize, String) {
     let start = usize::from(words.len() > 1 && ARTICLES.contains(&words[0]));
     let is_stop = |i: usize| {
         let w = words[i];
+        // "a red and white flower" goes on.
+        if w == "and" && COLOUR_WORDS.contains(&words[i - 1]) && i + 2 < words.len() {
+            return false;
+        }
         // "man running": the head ends before the participle; "running shoe" begins with it.
         STOPS.contains(&w)
             || (w.ends_with("ing")
@@ -142,6 +147,10 @@ fn head_of(phrase: &str, through: bool) -> (usize, String) {
     }
     (end - 1, head.trim_end_matches([',', '\'']).to_owned())
 }
+
+const COLOUR_WORDS: &[&str] = &[
+    "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "gray", "black", "white",
+];
 
 /// Whom participles follow: "a woman swimming".
 const PERSONS: &[&str] = &[
@@ -303,6 +312,8 @@ mod tests {
             ("a running shoe", "shoe"),
             ("a slice of pizza on a plate", "pizza"),
             ("hair", "hair"),
+            ("a red and white anemone flower", "flower"),
+            ("a penguin and a spider", "penguin"),
         ];
         for (from, to) in cases {
             assert_eq!(head_noun(from), to, "{from}");
