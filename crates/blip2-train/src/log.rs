@@ -46,7 +46,9 @@ fn number_or_nan<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<f64,
     Ok(Option::<f64>::deserialize(from)?.unwrap_or(f64::NAN))
 }
 
-fn parts_or_nan<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<BTreeMap<String, f64>, D::Error> {
+fn parts_or_nan<'de, D: Deserializer<'de>>(
+    from: D,
+) -> std::result::Result<BTreeMap<String, f64>, D::Error> {
     let parts = BTreeMap::<String, Option<f64>>::deserialize(from)?;
     Ok(parts.into_iter().map(|(name, value)| (name, value.unwrap_or(f64::NAN))).collect())
 }
@@ -96,7 +98,8 @@ fn lines_up_to(path: &Path, file: File, last_step: u64) -> Result<Vec<u8>> {
     let mut reader = BufReader::new(file);
     let mut line = Vec::new();
     while reader.read_until(b'\n', &mut line).map_err(Error::io(path))? > 0 {
-        let known = line.ends_with(b"\n").then(|| serde_json::from_slice::<Step>(&line).ok()).flatten();
+        let known =
+            line.ends_with(b"\n").then(|| serde_json::from_slice::<Step>(&line).ok()).flatten();
         if known.is_some_and(|s| s.step <= last_step) {
             kept.extend_from_slice(&line);
         }
@@ -156,7 +159,8 @@ impl<W: Write> Progress<W> {
         // The first step pays for warming up, so the clock starts behind it.
         let (first, start) = *self.started.get_or_insert((record.step, now));
         let smoothed = 0.9 * self.images_per_s + 0.1 * record.images_per_s;
-        self.images_per_s = if self.images_per_s.is_finite() { smoothed } else { record.images_per_s };
+        self.images_per_s =
+            if self.images_per_s.is_finite() { smoothed } else { record.images_per_s };
         let pause = if self.terminal { Duration::from_millis(100) } else { self.every };
         let last = record.step >= self.last_step;
         if !last && self.shown.is_some_and(|shown| now.duration_since(shown) < pause) {
@@ -167,7 +171,11 @@ impl<W: Write> Progress<W> {
         let left = self.last_step.saturating_sub(record.step);
         let eta = (done > 0).then(|| now.duration_since(start).mul_f64(left as f64 / done as f64));
         let line = progress_line(record, self.last_step, self.images_per_s, eta);
-        let shown = if self.terminal { write!(self.out, "\r\x1b[2K{line}") } else { writeln!(self.out, "{line}") };
+        let shown = if self.terminal {
+            write!(self.out, "\r\x1b[2K{line}")
+        } else {
+            writeln!(self.out, "{line}")
+        };
         shown.and_then(|()| self.out.flush()).ok();
     }
 
@@ -180,8 +188,14 @@ impl<W: Write> Progress<W> {
 }
 
 /// `step 120/4000  epoch 0.31  loss 4.512 (itc 2.010 itg 2.101 itm 0.401)  lr 1.0e-4  38.2 images/s  ETA 0:12:41`
-pub fn progress_line(record: &StepRecord, last_step: u64, images_per_s: f64, eta: Option<Duration>) -> String {
-    let parts: Vec<String> = record.parts.iter().map(|(name, value)| format!("{name} {value:.3}")).collect();
+pub fn progress_line(
+    record: &StepRecord,
+    last_step: u64,
+    images_per_s: f64,
+    eta: Option<Duration>,
+) -> String {
+    let parts: Vec<String> =
+        record.parts.iter().map(|(name, value)| format!("{name} {value:.3}")).collect();
     let parts = if parts.len() > 1 { format!(" ({})", parts.join(" ")) } else { String::new() };
     let eta = eta.map_or("-:--:--".to_string(), clock);
     let skipped = if record.skipped { "  SKIPPED" } else { "" };

@@ -67,7 +67,8 @@ impl EventWriter {
 fn new_file(folder: &Path, seconds: u64) -> Result<(PathBuf, File)> {
     let process = std::process::id();
     for serial in 0u32.. {
-        let path = folder.join(format!("events.out.tfevents.{seconds:010}.blip2.{process}.{serial}"));
+        let path =
+            folder.join(format!("events.out.tfevents.{seconds:010}.blip2.{process}.{serial}"));
         match OpenOptions::new().write(true).create_new(true).open(&path) {
             Ok(file) => return Ok((path, file)),
             Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}

@@ -11,20 +11,104 @@ use super::ptb;
 
 /// Punctuation the VQA rules know.
 const PUNCTUATION: &[char] = &[
-    ';', '/', '[', ']', '"', '{', '}', '(', ')', '=', '+', '\\', '_', '-', '>', '<', '@', '`', ',', '?', '!',
+    ';', '/', '[', ']', '"', '{', '}', '(', ')', '=', '+', '\\', '_', '-', '>', '<', '@', '`', ',',
+    '?', '!',
 ];
 
 /// Contractions with their apostrophes. A spelling with one of them missing is mended.
 const CONTRACTIONS: &[&str] = &[
-    "ain't", "aren't", "can't", "could've", "couldn't", "couldn't've", "didn't", "doesn't", "don't", "hadn't", "hadn't've",
-    "hasn't", "haven't", "he'd", "he'd've", "he's", "how'd", "how'll", "how's", "isn't", "it'd", "it'd've", "it'll", "ma'am",
-    "mightn't", "mightn't've", "might've", "mustn't", "must've", "needn't", "not've", "o'clock", "oughtn't", "'ow's'at",
-    "shan't", "she'd've", "should've", "shouldn't", "shouldn't've", "somebody'd've", "somebody'll", "somebody's", "someone'd",
-    "someone'd've", "someone'll", "someone's", "something'd", "something'd've", "something'll", "that's", "there'd",
-    "there'd've", "there're", "there's", "they'd", "they'd've", "they'll", "they're", "they've", "'twas", "wasn't", "we'd've",
-    "we've", "weren't", "what'll", "what're", "what's", "what've", "when's", "where'd", "where's", "where've", "who'd",
-    "who'd've", "who'll", "who's", "who've", "why'll", "why're", "why's", "won't", "would've", "wouldn't", "wouldn't've",
-    "y'all", "y'all'll", "y'all'd've", "you'd", "you'd've", "you'll", "you're", "you've",
+    "ain't",
+    "aren't",
+    "can't",
+    "could've",
+    "couldn't",
+    "couldn't've",
+    "didn't",
+    "doesn't",
+    "don't",
+    "hadn't",
+    "hadn't've",
+    "hasn't",
+    "haven't",
+    "he'd",
+    "he'd've",
+    "he's",
+    "how'd",
+    "how'll",
+    "how's",
+    "isn't",
+    "it'd",
+    "it'd've",
+    "it'll",
+    "ma'am",
+    "mightn't",
+    "mightn't've",
+    "might've",
+    "mustn't",
+    "must've",
+    "needn't",
+    "not've",
+    "o'clock",
+    "oughtn't",
+    "'ow's'at",
+    "shan't",
+    "she'd've",
+    "should've",
+    "shouldn't",
+    "shouldn't've",
+    "somebody'd've",
+    "somebody'll",
+    "somebody's",
+    "someone'd",
+    "someone'd've",
+    "someone'll",
+    "someone's",
+    "something'd",
+    "something'd've",
+    "something'll",
+    "that's",
+    "there'd",
+    "there'd've",
+    "there're",
+    "there's",
+    "they'd",
+    "they'd've",
+    "they'll",
+    "they're",
+    "they've",
+    "'twas",
+    "wasn't",
+    "we'd've",
+    "we've",
+    "weren't",
+    "what'll",
+    "what're",
+    "what's",
+    "what've",
+    "when's",
+    "where'd",
+    "where's",
+    "where've",
+    "who'd",
+    "who'd've",
+    "who'll",
+    "who's",
+    "who've",
+    "why'll",
+    "why're",
+    "why's",
+    "won't",
+    "would've",
+    "wouldn't",
+    "wouldn't've",
+    "y'all",
+    "y'all'll",
+    "y'all'd've",
+    "you'd",
+    "you'd've",
+    "you'll",
+    "you're",
+    "you've",
 ];
 
 /// An answer as the VQA rules compare it: `"Two dogs."` → `"2 dogs"`.
@@ -55,7 +139,8 @@ pub fn vqa_accuracy<S: AsRef<str>>(predicted: &str, truths: &[S]) -> f64 {
 /// Deletes or blanks punctuation: deleted where it stands beside a blank anywhere, or a digit-comma-digit exists.
 fn punctuation(text: &str) -> String {
     let chars: Vec<char> = text.chars().collect();
-    let thousands = chars.windows(3).any(|w| w[1] == ',' && w[0].is_ascii_digit() && w[2].is_ascii_digit());
+    let thousands =
+        chars.windows(3).any(|w| w[1] == ',' && w[0].is_ascii_digit() && w[2].is_ascii_digit());
     let mut cleaned = text.to_string();
     for &mark in PUNCTUATION {
         let beside_blank = chars.windows(2).any(|w| w == [mark, ' '] || w == [' ', mark]);
@@ -77,7 +162,8 @@ fn punctuation(text: &str) -> String {
 
 fn digits_and_articles(text: &str) -> String {
     let lower = text.to_lowercase();
-    let words = lower.split_whitespace().map(number_word).filter(|w| !matches!(*w, "a" | "an" | "the"));
+    let words =
+        lower.split_whitespace().map(number_word).filter(|w| !matches!(*w, "a" | "an" | "the"));
     words.map(mend_contraction).collect::<Vec<_>>().join(" ")
 }
 
@@ -105,7 +191,10 @@ fn mend_contraction(word: &str) -> &str {
     }
     let one_missing = |whole: &str| {
         let apostrophes = whole.match_indices('\'');
-        whole.len() == word.len() + 1 && apostrophes.into_iter().any(|(i, _)| whole[..i] == word[..i] && whole[i + 1..] == word[i..])
+        whole.len() == word.len() + 1
+            && apostrophes
+                .into_iter()
+                .any(|(i, _)| whole[..i] == word[..i] && whole[i + 1..] == word[i..])
     };
     if !word.is_ascii() {
         return word;
@@ -251,7 +340,8 @@ const ODD_PLURALS: &[(&str, &str)] = &[
 pub fn names_noun(caption: &str, noun: &str) -> bool {
     let caption = open_words(caption);
     let noun = open_words(noun);
-    let group = NEAR_WORDS.iter().find(|group| group.iter().any(|w| same_name(&open_words(w), &noun)));
+    let group =
+        NEAR_WORDS.iter().find(|group| group.iter().any(|w| same_name(&open_words(w), &noun)));
     let near = group.into_iter().flat_map(|g| g.iter()).map(|w| open_words(w));
     !noun.is_empty() && std::iter::once(noun.clone()).chain(near).any(|name| holds(&caption, &name))
 }
@@ -263,7 +353,8 @@ fn open_words(text: &str) -> Vec<String> {
 
 fn holds(caption: &[String], name: &[String]) -> bool {
     let joined = name.concat();
-    caption.windows(name.len()).any(|w| same_name(w, name)) || caption.iter().any(|w| same_noun(w, &joined))
+    caption.windows(name.len()).any(|w| same_name(w, name))
+        || caption.iter().any(|w| same_noun(w, &joined))
 }
 
 /// The same words, the last in either number.
@@ -290,8 +381,12 @@ pub fn plural(noun: &str) -> String {
         return format!("{stem}men");
     }
     match noun.strip_suffix('y') {
-        Some(stem) if !stem.is_empty() && !stem.ends_with(['a', 'e', 'i', 'o', 'u']) => format!("{stem}ies"),
-        _ if noun.ends_with(['s', 'x', 'z']) || noun.ends_with("ch") || noun.ends_with("sh") => format!("{noun}es"),
+        Some(stem) if !stem.is_empty() && !stem.ends_with(['a', 'e', 'i', 'o', 'u']) => {
+            format!("{stem}ies")
+        }
+        _ if noun.ends_with(['s', 'x', 'z']) || noun.ends_with("ch") || noun.ends_with("sh") => {
+            format!("{noun}es")
+        }
         _ => format!("{noun}s"),
     }
 }

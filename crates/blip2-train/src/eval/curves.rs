@@ -9,7 +9,9 @@ use std::path::Path;
 use embedded_graphics::mono_font::ascii::{FONT_9X15, FONT_9X18_BOLD};
 use embedded_graphics::mono_font::{MonoFont, MonoTextStyle};
 use embedded_graphics::pixelcolor::Rgb888;
-use embedded_graphics::prelude::{DrawTarget, Drawable, OriginDimensions, Pixel, Point, RgbColor, Size};
+use embedded_graphics::prelude::{
+    DrawTarget, Drawable, OriginDimensions, Pixel, Point, RgbColor, Size,
+};
 use embedded_graphics::text::{Alignment, Baseline, Text, TextStyleBuilder};
 use image::{Rgb, RgbImage};
 
@@ -23,8 +25,14 @@ const MARGINS: (u32, u32, u32, u32) = (84, 52, 24, 64);
 const INK: Rgb<u8> = Rgb([40, 44, 52]);
 const GRID: Rgb<u8> = Rgb([226, 229, 234]);
 /// Colours that stay apart for colour-blind readers (Okabe and Ito), the sum first.
-const COLOURS: [Rgb<u8>; 6] =
-    [Rgb([50, 50, 50]), Rgb([0, 114, 178]), Rgb([213, 94, 0]), Rgb([0, 158, 115]), Rgb([204, 121, 167]), Rgb([230, 159, 0])];
+const COLOURS: [Rgb<u8>; 6] = [
+    Rgb([50, 50, 50]),
+    Rgb([0, 114, 178]),
+    Rgb([213, 94, 0]),
+    Rgb([0, 158, 115]),
+    Rgb([204, 121, 167]),
+    Rgb([230, 159, 0]),
+];
 
 /// Draws the losses of `records` and writes them to `path` as PNG.
 ///
@@ -43,7 +51,9 @@ pub fn write_losses(path: &Path, title: &str, records: &[StepRecord]) -> Result<
 pub fn plot_losses(title: &str, records: &[StepRecord]) -> Result<RgbImage> {
     let series = collect(records);
     if series.iter().all(|s| s.points.len() < 2) {
-        return Err(Error::Data("fewer than two steps with a finite loss: no curve to draw".into()));
+        return Err(Error::Data(
+            "fewer than two steps with a finite loss: no curve to draw".into(),
+        ));
     }
     let panel = Panel::around(&series);
     let mut picture = RgbImage::from_pixel(WIDTH, HEIGHT, Rgb([255, 255, 255]));
@@ -68,7 +78,8 @@ struct Series {
 }
 
 fn collect(records: &[StepRecord]) -> Vec<Series> {
-    let mut names: Vec<&str> = records.iter().flat_map(|r| r.parts.keys().map(String::as_str)).collect();
+    let mut names: Vec<&str> =
+        records.iter().flat_map(|r| r.parts.keys().map(String::as_str)).collect();
     names.sort_unstable();
     names.dedup();
     let sum = if names.len() == 1 { names.remove(0) } else { "loss" };
@@ -115,12 +126,17 @@ impl Panel {
     /// All steps; losses from 0 to a little above nearly all of them (a spike may leave the panel).
     fn around(series: &[Series]) -> Self {
         let steps = series.iter().flat_map(|s| s.points.iter().map(|p| p.0));
-        let (low, high) = steps.fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), s| (l.min(s), h.max(s)));
-        let mut losses: Vec<f64> = series.iter().flat_map(|s| s.points.iter().map(|p| p.1)).collect();
+        let (low, high) =
+            steps.fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), s| (l.min(s), h.max(s)));
+        let mut losses: Vec<f64> =
+            series.iter().flat_map(|s| s.points.iter().map(|p| p.1)).collect();
         losses.sort_by(f64::total_cmp);
         let most = losses[(losses.len() - 1) * 995 / 1000].max(1e-6);
         let tick = nice_step(most / 6.0);
-        Self { steps: (low, high.max(low + 1.0)), losses: (losses[0].min(0.0), (most / tick).ceil() * tick) }
+        Self {
+            steps: (low, high.max(low + 1.0)),
+            losses: (losses[0].min(0.0), (most / tick).ceil() * tick),
+        }
     }
 
     fn left(&self) -> f64 {
@@ -146,7 +162,11 @@ impl Panel {
 /// 1, 2 or 5 times a power of ten, not below `rough`.
 fn nice_step(rough: f64) -> f64 {
     let power = 10f64.powf(rough.log10().floor());
-    [1.0, 2.0, 5.0, 10.0].iter().map(|m| m * power).find(|s| *s >= rough * 0.999).unwrap_or(10.0 * power)
+    [1.0, 2.0, 5.0, 10.0]
+        .iter()
+        .map(|m| m * power)
+        .find(|s| *s >= rough * 0.999)
+        .unwrap_or(10.0 * power)
 }
 
 fn axes(picture: &mut RgbImage, panel: &Panel, title: &str) {
@@ -158,18 +178,36 @@ fn axes(picture: &mut RgbImage, panel: &Panel, title: &str) {
         let loss = n as f64 * tick;
         let y = panel.y(loss);
         line(picture, (panel.left(), y), (right, y), 1.0, 1.0, GRID);
-        text(picture, &format!("{loss:.digits$}"), (panel.left() - 10.0, y), Alignment::Right, &FONT_9X15);
+        text(
+            picture,
+            &format!("{loss:.digits$}"),
+            (panel.left() - 10.0, y),
+            Alignment::Right,
+            &FONT_9X15,
+        );
     }
     let tick = nice_step((panel.steps.1 - panel.steps.0) / 8.0).max(1.0);
     for n in (panel.steps.0 / tick).ceil() as i64..=(panel.steps.1 / tick).floor() as i64 {
         let x = panel.x(n as f64 * tick);
         line(picture, (x, panel.bottom()), (x, panel.bottom() + 6.0), 1.0, 1.0, INK);
-        text(picture, &format!("{}", n * tick as i64), (x, panel.bottom() + 18.0), Alignment::Center, &FONT_9X15);
+        text(
+            picture,
+            &format!("{}", n * tick as i64),
+            (x, panel.bottom() + 18.0),
+            Alignment::Center,
+            &FONT_9X15,
+        );
     }
     let top = f64::from(MARGINS.1);
     line(picture, (panel.left(), panel.bottom()), (right, panel.bottom()), 1.0, 1.0, INK);
     line(picture, (panel.left(), top), (panel.left(), panel.bottom()), 1.0, 1.0, INK);
-    text(picture, "step", ((panel.left() + right) / 2.0, panel.bottom() + 44.0), Alignment::Center, &FONT_9X15);
+    text(
+        picture,
+        "step",
+        ((panel.left() + right) / 2.0, panel.bottom() + 44.0),
+        Alignment::Center,
+        &FONT_9X15,
+    );
     text(picture, "loss", (panel.left() - 10.0, top - 22.0), Alignment::Right, &FONT_9X15);
     text(picture, title, (panel.left() + 8.0, top - 24.0), Alignment::Left, &FONT_9X18_BOLD);
 }
@@ -180,7 +218,13 @@ fn legend(picture: &mut RgbImage, panel: &Panel, series: &[Series]) {
     let top = f64::from(MARGINS.1) + 14.0;
     for px in x as u32 - 6..WIDTH - MARGINS.2 - 6 {
         for py in 0..series.len() as u32 * 22 + 6 {
-            blend(picture, i64::from(px), top as i64 - 8 + i64::from(py), Rgb([255, 255, 255]), 0.85);
+            blend(
+                picture,
+                i64::from(px),
+                top as i64 - 8 + i64::from(py),
+                Rgb([255, 255, 255]),
+                0.85,
+            );
         }
     }
     for (row, one) in series.iter().enumerate() {
@@ -191,7 +235,14 @@ fn legend(picture: &mut RgbImage, panel: &Panel, series: &[Series]) {
     debug_assert!(panel.steps.0 < panel.steps.1);
 }
 
-fn curve(picture: &mut RgbImage, panel: &Panel, points: &[(f64, f64)], width: f64, opacity: f64, colour: Rgb<u8>) {
+fn curve(
+    picture: &mut RgbImage,
+    panel: &Panel,
+    points: &[(f64, f64)],
+    width: f64,
+    opacity: f64,
+    colour: Rgb<u8>,
+) {
     for pair in points.windows(2) {
         let [a, b] = [pair[0], pair[1]].map(|(step, loss)| (panel.x(step), panel.y(loss)));
         line(picture, a, b, width, opacity, colour);
@@ -199,7 +250,14 @@ fn curve(picture: &mut RgbImage, panel: &Panel, points: &[(f64, f64)], width: f6
 }
 
 /// A straight line; a pixel's share of it is how far its middle lies inside.
-fn line(picture: &mut RgbImage, a: (f64, f64), b: (f64, f64), width: f64, opacity: f64, colour: Rgb<u8>) {
+fn line(
+    picture: &mut RgbImage,
+    a: (f64, f64),
+    b: (f64, f64),
+    width: f64,
+    opacity: f64,
+    colour: Rgb<u8>,
+) {
     let reach = width / 2.0 + 1.0;
     let (left, right) = (a.0.min(b.0) - reach, a.0.max(b.0) + reach);
     let (top, bottom) = (a.1.min(b.1) - reach, a.1.max(b.1) + reach);
@@ -216,7 +274,8 @@ fn line(picture: &mut RgbImage, a: (f64, f64), b: (f64, f64), width: f64, opacit
 }
 
 fn blend(picture: &mut RgbImage, x: i64, y: i64, colour: Rgb<u8>, share: f64) {
-    let inside = (0..i64::from(picture.width())).contains(&x) && (0..i64::from(picture.height())).contains(&y);
+    let inside = (0..i64::from(picture.width())).contains(&x)
+        && (0..i64::from(picture.height())).contains(&y);
     if share <= 0.0 || !inside {
         return;
     }
@@ -228,8 +287,15 @@ fn blend(picture: &mut RgbImage, x: i64, y: i64, colour: Rgb<u8>, share: f64) {
 }
 
 /// Text whose middle line runs through `place`; characters beyond ASCII come out as `?`.
-fn text(picture: &mut RgbImage, words: &str, place: (f64, f64), alignment: Alignment, font: &MonoFont<'_>) {
-    let ascii: String = words.chars().map(|c| if c.is_ascii_graphic() || c == ' ' { c } else { '?' }).collect();
+fn text(
+    picture: &mut RgbImage,
+    words: &str,
+    place: (f64, f64),
+    alignment: Alignment,
+    font: &MonoFont<'_>,
+) {
+    let ascii: String =
+        words.chars().map(|c| if c.is_ascii_graphic() || c == ' ' { c } else { '?' }).collect();
     let style = MonoTextStyle::new(font, Rgb888::new(INK[0], INK[1], INK[2]));
     let layout = TextStyleBuilder::new().alignment(alignment).baseline(Baseline::Middle).build();
     let place = Point::new(place.0.round() as i32, place.1.round() as i32);
@@ -249,7 +315,10 @@ impl DrawTarget for Canvas<'_> {
     type Color = Rgb888;
     type Error = std::convert::Infallible;
 
-    fn draw_iter<I: IntoIterator<Item = Pixel<Rgb888>>>(&mut self, pixels: I) -> std::result::Result<(), Self::Error> {
+    fn draw_iter<I: IntoIterator<Item = Pixel<Rgb888>>>(
+        &mut self,
+        pixels: I,
+    ) -> std::result::Result<(), Self::Error> {
         for Pixel(at, colour) in pixels {
             blend(self.0, at.x.into(), at.y.into(), Rgb([colour.r(), colour.g(), colour.b()]), 1.0);
         }

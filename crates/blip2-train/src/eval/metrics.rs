@@ -177,7 +177,8 @@ fn bleu_counts(item: &Item) -> BleuCounts {
     for (n, grams) in count_grams(&candidate).iter().enumerate() {
         counts.guessed[n] = length.saturating_sub(n) as f64;
         for (gram, &count) in grams {
-            let most = references.iter().filter_map(|r| r[n].get(gram)).fold(0.0, |a: f64, &b| a.max(b));
+            let most =
+                references.iter().filter_map(|r| r[n].get(gram)).fold(0.0, |a: f64, &b| a.max(b));
             counts.correct[n] += count.min(most);
         }
     }
@@ -190,7 +191,8 @@ fn rouge_l(item: &Item) -> f64 {
     const BETA_SQUARED: f64 = 1.2 * 1.2;
     // Python splits the empty text into one empty word, which an empty reference matches.
     let empty = [String::new()];
-    let or_empty = |words: &'_ [String]| if words.is_empty() { empty.to_vec() } else { words.to_vec() };
+    let or_empty =
+        |words: &'_ [String]| if words.is_empty() { empty.to_vec() } else { words.to_vec() };
     let candidate = or_empty(&item.candidate);
     let (mut precision, mut recall) = (0.0f64, 0.0f64);
     for reference in &item.references {
@@ -231,7 +233,8 @@ struct Weighted {
 
 fn cider_d(items: &[Item]) -> Vec<f64> {
     let mut vocabulary = Vocabulary::default();
-    let candidates: Vec<_> = items.iter().map(|i| count_grams(&vocabulary.number(&i.candidate))).collect();
+    let candidates: Vec<_> =
+        items.iter().map(|i| count_grams(&vocabulary.number(&i.candidate))).collect();
     let references: Vec<Vec<_>> = items
         .iter()
         .map(|i| i.references.iter().map(|r| count_grams(&vocabulary.number(r))).collect())
@@ -247,8 +250,12 @@ fn cider_d(items: &[Item]) -> Vec<f64> {
     let log_items = (items.len() as f64).ln();
     let weigh = |counts: &[BTreeMap<Gram, f64>; LONGEST]| {
         let weights = counts.each_ref().map(|grams| {
-            let weight = |gram: &Gram| log_items - frequency.get(gram).copied().unwrap_or(0.0).max(1.0).ln();
-            grams.iter().map(|(gram, count)| (*gram, count * weight(gram))).collect::<BTreeMap<_, _>>()
+            let weight =
+                |gram: &Gram| log_items - frequency.get(gram).copied().unwrap_or(0.0).max(1.0).ln();
+            grams
+                .iter()
+                .map(|(gram, count)| (*gram, count * weight(gram)))
+                .collect::<BTreeMap<_, _>>()
         });
         let norms = weights.each_ref().map(|w| w.values().map(|v| v * v).sum::<f64>().sqrt());
         Weighted { weights, norms, bigrams: counts[1].values().sum() }

@@ -20,8 +20,10 @@
 /// Tokens that are not counted: what `pycocoevalcap` removes after tokenising. Brackets come out of the
 /// tokenizer as `-lrb-`, in lower case, so they are *not* removed by the upper-case entries; a well-known
 /// oddity which published numbers include.
-const DROPPED: [&str; 17] =
-    ["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"];
+const DROPPED: [&str; 17] = [
+    "''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--",
+    "...", ";",
+];
 
 /// The words of a caption as the metrics count them: lower case, punctuation removed.
 ///
@@ -36,8 +38,11 @@ pub fn words(caption: &str) -> Vec<String> {
 /// All tokens of a text, lower case, punctuation included; of full stops only their place in a token is kept
 /// (the Java program repeats the stop of `etc.` at the end of a sentence).
 pub fn tokenize(text: &str) -> Vec<String> {
-    let chars: Vec<char> =
-        text.chars().map(|c| if c.is_control() { ' ' } else { c }).filter(|&c| c != '\u{ad}').collect();
+    let chars: Vec<char> = text
+        .chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .filter(|&c| c != '\u{ad}')
+        .collect();
     let mut tokens = Vec::new();
     let mut at = 0;
     while at < chars.len() {
@@ -116,7 +121,10 @@ fn is_letter(c: char) -> bool {
         | 0x93C..=0x955 | 0x962 | 0x963 | 0x981..=0x983 | 0x9BC..=0x9CD | 0x9E2 | 0x9E3 | 0xA01..=0xA03 | 0xA3C..=0xA4F
         | 0xA81..=0xA83 | 0xABC..=0xACF | 0xB82 | 0xBBE..=0xBCD | 0xC01..=0xC03 | 0xC3E..=0xC56 | 0xD3E..=0xD48 | 0xE31
         | 0xE34..=0xE3A | 0xE47..=0xE4E | 0xEB1 | 0xEB4..=0xEBC | 0xEC8..=0xECD);
-    c <= '\u{ffff}' && !is_digit(c) && (c.is_alphabetic() || mark) && !matches!(c, '\u{2160}'..='\u{2188}' | '\u{24b6}'..='\u{24e9}')
+    c <= '\u{ffff}'
+        && !is_digit(c)
+        && (c.is_alphabetic() || mark)
+        && !matches!(c, '\u{2160}'..='\u{2188}' | '\u{24b6}'..='\u{24e9}')
 }
 
 fn is_alnum(c: char) -> bool {
@@ -152,16 +160,28 @@ fn entities(rest: &[char], best: &mut Best) {
     if at(rest, 0) != Some('&') {
         return;
     }
-    for (name, text) in
-        [("&amp;", Some("&")), ("&lt;", Some("<")), ("&gt;", Some(">")), ("&quot;", Some("''")), ("&apos;", Some("'")), ("&nbsp;", None)]
-    {
+    for (name, text) in [
+        ("&amp;", Some("&")),
+        ("&lt;", Some("<")),
+        ("&gt;", Some(">")),
+        ("&quot;", Some("''")),
+        ("&apos;", Some("'")),
+        ("&nbsp;", None),
+    ] {
         if starts(rest, name) {
             best.offer(name.len(), name.len(), || text.map(Into::into));
         }
     }
     let hash = usize::from(at(rest, 1) == Some('#'));
-    let body = run(rest, 1 + hash, |c| if hash == 1 { c.is_ascii_digit() } else { c.is_ascii_alphabetic() });
-    let accent = ["acute;", "grave;", "uml;", "circ;", "tilde;", "cedil;"].iter().any(|end| starts(rest.get(2..).unwrap_or(&[]), end));
+    let body =
+        run(
+            rest,
+            1 + hash,
+            |c| if hash == 1 { c.is_ascii_digit() } else { c.is_ascii_alphabetic() },
+        );
+    let accent = ["acute;", "grave;", "uml;", "circ;", "tilde;", "cedil;"]
+        .iter()
+        .any(|end| starts(rest.get(2..).unwrap_or(&[]), end));
     if body > 0 && at(rest, 1 + hash + body) == Some(';') && (hash == 1 || accent) {
         best.offer_span(rest, 2 + hash + body);
     }
@@ -175,7 +195,8 @@ fn markup(rest: &[char], best: &mut Best) {
     let slash = usize::from(is_at(rest, 1, |c| matches!(c, '/' | '!' | '?')));
     if is_at(rest, 1 + slash, |c| c.is_ascii_alphabetic()) {
         let body = run(rest, 1 + slash, |c| !matches!(c, '<' | '>'));
-        let plain = rest[1 + slash..][..body].iter().filter(|c| matches!(c, '"' | '\'')).count() % 2 == 0;
+        let plain =
+            rest[1 + slash..][..body].iter().filter(|c| matches!(c, '"' | '\'')).count() % 2 == 0;
         if plain && at(rest, 1 + slash + body) == Some('>') {
             best.offer_escaped(rest, 2 + slash + body);
         }
@@ -185,9 +206,14 @@ fn markup(rest: &[char], best: &mut Best) {
 /// Web and e-mail addresses, `@names`, `#tags`, file names.
 fn addresses(rest: &[char], best: &mut Best) {
     let web = |from: usize| {
-        let length = run(rest, from, |c| c.is_ascii_graphic() && !matches!(c, '<' | '>' | '|' | '(' | ')' | '"' | '`'));
+        let length = run(rest, from, |c| {
+            c.is_ascii_graphic() && !matches!(c, '<' | '>' | '|' | '(' | ')' | '"' | '`')
+        });
         // Punctuation at the end belongs to the sentence.
-        (0..=length).rev().find(|&n| n == 0 || !matches!(rest[from + n - 1], '.' | ',' | '!' | '?' | ';' | ':')).unwrap_or(0)
+        (0..=length)
+            .rev()
+            .find(|&n| n == 0 || !matches!(rest[from + n - 1], '.' | ',' | '!' | '?' | ';' | ':'))
+            .unwrap_or(0)
     };
     for start in ["http://", "https://"] {
         let length = if starts(rest, start) { web(start.len()) } else { 0 };
@@ -213,7 +239,8 @@ fn addresses(rest: &[char], best: &mut Best) {
     }
     let user = run(rest, 0, |c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'));
     if user > 0 && rest[0].is_ascii_alphanumeric() && at(rest, user) == Some('@') {
-        let host = run(rest, user + 1, |c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'));
+        let host =
+            run(rest, user + 1, |c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'));
         let ends = |n: usize| n > 0 && rest[user + n].is_ascii_alphanumeric();
         if let Some(host) = (1..=host).rev().find(|&n| ends(n)) {
             best.offer_span(rest, user + 1 + host);
@@ -223,8 +250,9 @@ fn addresses(rest: &[char], best: &mut Best) {
 }
 
 const FILE_ENDINGS: [&str; 35] = [
-    "bat", "bmp", "c", "cgi", "class", "cpp", "dll", "doc", "docx", "exe", "gif", "gz", "h", "htm", "html", "jar", "java", "jpeg",
-    "jpg", "mov", "mp3", "pdf", "php", "pl", "png", "ppt", "ps", "py", "sql", "tar", "txt", "wav", "x", "xml", "zip",
+    "bat", "bmp", "c", "cgi", "class", "cpp", "dll", "doc", "docx", "exe", "gif", "gz", "h", "htm",
+    "html", "jar", "java", "jpeg", "jpg", "mov", "mp3", "pdf", "php", "pl", "png", "ppt", "ps",
+    "py", "sql", "tar", "txt", "wav", "x", "xml", "zip",
 ];
 
 /// `0001.jpg`; names that begin with a letter are dotted words anyway.
@@ -232,7 +260,8 @@ fn file_name(rest: &[char], best: &mut Best) {
     let mut end = run(rest, 0, is_alnum);
     while end > 0 && at(rest, end) == Some('.') {
         let part = run(rest, end + 1, is_alnum);
-        let ending: String = rest[end + 1..][..part].iter().collect::<String>().to_ascii_lowercase();
+        let ending: String =
+            rest[end + 1..][..part].iter().collect::<String>().to_ascii_lowercase();
         if part == 0 {
             return;
         }
@@ -264,12 +293,24 @@ fn numbers(rest: &[char], best: &mut Best) {
     // '90s, '99: a decade anywhere, other years only before a blank.
     if is_at(rest, 0, is_apostrophe) && run(rest, 1, |c| c.is_ascii_digit()) == 2 {
         let s = usize::from(is_at(rest, 3, |c| c.eq_ignore_ascii_case(&'s')));
-        let decade = s == 1 && matches!(rest[1], '2'..='9') && rest[2] == '0' && !is_at(rest, 4, is_alnum);
+        let decade =
+            s == 1 && matches!(rest[1], '2'..='9') && rest[2] == '0' && !is_at(rest, 4, is_alnum);
         if decade || rest.len() == 3 || rest[3].is_whitespace() {
             best.offer_span(rest, if decade { 4 } else { 3 });
         }
     }
-    for (sign, text) in [('£', "#"), ('€', "$"), ('¤', "$"), ('₠', "$"), ('¢', "cents"), ('½', "1/2"), ('¼', "1/4"), ('¾', "3/4"), ('⅓', "1/3"), ('⅔', "2/3")] {
+    for (sign, text) in [
+        ('£', "#"),
+        ('€', "$"),
+        ('¤', "$"),
+        ('₠', "$"),
+        ('¢', "cents"),
+        ('½', "1/2"),
+        ('¼', "1/4"),
+        ('¾', "3/4"),
+        ('⅓', "1/3"),
+        ('⅔', "2/3"),
+    ] {
         if at(rest, 0) == Some(sign) {
             best.offer(1, 1, || Some(text.into()));
         }
@@ -351,26 +392,71 @@ fn telephone(rest: &[char], best: &mut Best) {
 
 /// Words after which a full stop is part of the token.
 const ABBREVIATIONS: [&str; 138] = [
-    "adj", "adm", "adv", "al", "ala", "alex", "apr", "ariz", "assn", "assoc", "asst", "atty", "aug", "ave", "bhd", "bldg", "blvd",
-    "brig", "bros", "calif", "capt", "cf", "cie", "cmdr", "co", "col", "colo", "comdr", "conn", "corp", "cos", "cpl", "ct", "dak",
-    "dec", "dept", "det", "dr", "drs", "elec", "ens", "esq", "est", "etc", "ext", "feb", "fla", "fri", "ft", "ga", "gen", "gov",
-    "govs", "hon", "inc", "ind", "insp", "intl", "invt", "jan", "jos", "jr", "jul", "jun", "kan", "kans", "ky", "lieut", "lt", "ltd",
-    "maj", "mar", "md", "messrs", "mfg", "mich", "minn", "mlle", "mme", "mo", "mon", "mont", "mr", "mrs", "ms", "msgr", "mt", "mtg",
-    "natl", "neb", "nev", "nov", "oct", "okla", "penn", "pfc", "ph", "plc", "ppte", "ppty", "pres", "prof", "profs", "pte", "ptes",
-    "pty", "ptys", "pvt", "rd", "rep", "reps", "rev", "rt", "sen", "sens", "sep", "sept", "seq", "sfc", "sgt", "spc", "sq", "sr",
-    "st", "ste", "supt", "sys", "tel", "tenn", "thu", "thurs", "treas", "tue", "tues", "univ", "va", "vs", "vt",
+    "adj", "adm", "adv", "al", "ala", "alex", "apr", "ariz", "assn", "assoc", "asst", "atty",
+    "aug", "ave", "bhd", "bldg", "blvd", "brig", "bros", "calif", "capt", "cf", "cie", "cmdr",
+    "co", "col", "colo", "comdr", "conn", "corp", "cos", "cpl", "ct", "dak", "dec", "dept", "det",
+    "dr", "drs", "elec", "ens", "esq", "est", "etc", "ext", "feb", "fla", "fri", "ft", "ga", "gen",
+    "gov", "govs", "hon", "inc", "ind", "insp", "intl", "invt", "jan", "jos", "jr", "jul", "jun",
+    "kan", "kans", "ky", "lieut", "lt", "ltd", "maj", "mar", "md", "messrs", "mfg", "mich", "minn",
+    "mlle", "mme", "mo", "mon", "mont", "mr", "mrs", "ms", "msgr", "mt", "mtg", "natl", "neb",
+    "nev", "nov", "oct", "okla", "penn", "pfc", "ph", "plc", "ppte", "ppty", "pres", "prof",
+    "profs", "pte", "ptes", "pty", "ptys", "pvt", "rd", "rep", "reps", "rev", "rt", "sen", "sens",
+    "sep", "sept", "seq", "sfc", "sgt", "spc", "sq", "sr", "st", "ste", "supt", "sys", "tel",
+    "tenn", "thu", "thurs", "treas", "tue", "tues", "univ", "va", "vs", "vt",
 ];
 /// The rest of the list.
 const ABBREVIATIONS_W: [&str; 5] = ["wed", "wis", "wisc", "wm", "wyo"];
 /// American states: only with a capital, for `mass.` and `ill.` are words.
-const STATES: [&str; 11] = ["ark", "az", "del", "ill", "la", "mass", "miss", "ore", "pa", "tex", "wash"];
+const STATES: [&str; 11] =
+    ["ark", "az", "del", "ill", "la", "mass", "miss", "ore", "pa", "tex", "wash"];
 /// Only before a number: `no. 5`, `fig. 2`.
 const NUMBERED: [&str; 9] = ["art", "ca", "fig", "figs", "no", "nos", "op", "pp", "prop"];
 /// A capitalised word of these begins a new sentence, so that the stop before it is a stop.
 const STARTERS: [&str; 44] = [
-    "A", "About", "According", "Additionally", "After", "An", "As", "At", "But", "Earlier", "He", "Her", "Here", "However", "If",
-    "In", "It", "Last", "Many", "More", "Now", "Once", "One", "Other", "Our", "She", "Since", "So", "Some", "Such", "That", "The",
-    "Their", "Then", "There", "These", "They", "This", "We", "What", "When", "While", "Yet", "You",
+    "A",
+    "About",
+    "According",
+    "Additionally",
+    "After",
+    "An",
+    "As",
+    "At",
+    "But",
+    "Earlier",
+    "He",
+    "Her",
+    "Here",
+    "However",
+    "If",
+    "In",
+    "It",
+    "Last",
+    "Many",
+    "More",
+    "Now",
+    "Once",
+    "One",
+    "Other",
+    "Our",
+    "She",
+    "Since",
+    "So",
+    "Some",
+    "Such",
+    "That",
+    "The",
+    "Their",
+    "Then",
+    "There",
+    "These",
+    "They",
+    "This",
+    "We",
+    "What",
+    "When",
+    "While",
+    "Yet",
+    "You",
 ];
 
 /// `Mr.`, `e.g.`, `U.S.`, `no. 5`.
@@ -399,7 +485,8 @@ fn abbreviations(rest: &[char], best: &mut Best) {
     }
     let blank = usize::from(is_at(rest, word + 1, |c| matches!(c, ' ' | '\u{a0}')));
     if NUMBERED.contains(&lower)
-        && (is_at(rest, word + 1 + blank, is_digit) || is_at(rest, word + 1, |c| matches!(c, ',' | ';' | ':')))
+        && (is_at(rest, word + 1 + blank, is_digit)
+            || is_at(rest, word + 1, |c| matches!(c, ',' | ';' | ':')))
     {
         best.offer(word + 2 + blank, word + 1, || Some(spelled + "."));
     }
@@ -408,7 +495,9 @@ fn abbreviations(rest: &[char], best: &mut Best) {
 /// How many times from `from` on one letter and a stop follow each other: `e.g.` has 2.
 fn initials(rest: &[char], from: usize) -> usize {
     let mut pairs = 0;
-    while is_at(rest, from + 2 * pairs, |c| c.is_ascii_alphabetic()) && at(rest, from + 2 * pairs + 1) == Some('.') {
+    while is_at(rest, from + 2 * pairs, |c| c.is_ascii_alphabetic())
+        && at(rest, from + 2 * pairs + 1) == Some('.')
+    {
         pairs += 1;
     }
     pairs
@@ -442,7 +531,9 @@ const CLITICS: [&str; 6] = ["s", "d", "m", "ll", "re", "ve"];
 /// `'s`, `n't`, `'em`, `'til`, `ol'`, `'tis`, and what quotation marks become.
 fn apostrophes(rest: &[char], best: &mut Best) {
     let no_letter = |index: usize| !is_at(rest, index, |c| c.is_ascii_alphabetic());
-    let plain = |n: usize| rest[..n].iter().map(|&c| if is_apostrophe(c) { '\'' } else { c }).collect::<String>();
+    let plain = |n: usize| {
+        rest[..n].iter().map(|&c| if is_apostrophe(c) { '\'' } else { c }).collect::<String>()
+    };
     if is_at(rest, 0, is_apostrophe) {
         for end in CLITICS {
             let length = 1 + end.len();
@@ -463,7 +554,11 @@ fn apostrophes(rest: &[char], best: &mut Best) {
         if starts(&rest[1..], "n") {
             let close = usize::from(is_at(rest, 2, is_apostrophe));
             // A curly one before n is always the n of "and".
-            if close == 1 || rest[0] == '\u{2019}' || is_at(rest, 2, char::is_whitespace) || rest.len() == 2 {
+            if close == 1
+                || rest[0] == '\u{2019}'
+                || is_at(rest, 2, char::is_whitespace)
+                || rest.len() == 2
+            {
                 best.offer_span(rest, 2 + close);
             }
         }
@@ -476,7 +571,10 @@ fn apostrophes(rest: &[char], best: &mut Best) {
         best.offer_span(rest, 2);
     }
     let spoken = |c: char| c.is_ascii_alphabetic() && !"dms".contains(c.to_ascii_lowercase());
-    if is_at(rest, 0, |c| "yY".contains(c)) && is_at(rest, 1, is_apostrophe) && is_at(rest, 2, spoken) {
+    if is_at(rest, 0, |c| "yY".contains(c))
+        && is_at(rest, 1, is_apostrophe)
+        && is_at(rest, 2, spoken)
+    {
         best.offer(3, 2, || Some(rest[..2].iter().collect()));
     }
     for word in ["dunkin'", "somethin'", "ol'", "c'mon", "e'er"] {
@@ -494,7 +592,8 @@ fn fold_apostrophes(rest: &[char], length: usize) -> Vec<char> {
 /// Quotation marks; all of them but the low ones are dropped from [`words`], only their extent matters.
 fn quotes(rest: &[char], best: &mut Best) {
     // Two curly marks in a row are one token, which the list of dropped tokens does not know.
-    let curly = |c| matches!(c, '\u{2018}'..='\u{201d}' | '\u{ab}' | '\u{bb}' | '\u{2039}' | '\u{203a}');
+    let curly =
+        |c| matches!(c, '\u{2018}'..='\u{201d}' | '\u{ab}' | '\u{bb}' | '\u{2039}' | '\u{203a}');
     let curly = run(rest, 0, curly).min(2);
     let plain = |c: &char| match c {
         '\u{201a}' => "\u{201a}",
@@ -563,7 +662,15 @@ fn compounds(rest: &[char], best: &mut Best) {
     vowel_joined(rest, best);
     // AT&T: capitals on both sides.
     let capitals = |from: usize| run(rest, from, |c| c.is_ascii_uppercase());
-    let amp = |from: usize| if at(rest, from) != Some('&') { 0 } else if starts(&rest[from..], "&amp;") { 5 } else { 1 };
+    let amp = |from: usize| {
+        if at(rest, from) != Some('&') {
+            0
+        } else if starts(&rest[from..], "&amp;") {
+            5
+        } else {
+            1
+        }
+    };
     let mut end = capitals(0);
     let mut joined = false;
     while end > 0 && amp(end) > 0 && capitals(end + amp(end)) > 0 {
@@ -572,7 +679,9 @@ fn compounds(rest: &[char], best: &mut Best) {
         joined = true;
     }
     if joined {
-        best.offer(end, end, || Some(rest[..end].iter().collect::<String>().replace("&amp;", "&").replace("&AMP;", "&")));
+        best.offer(end, end, || {
+            Some(rest[..end].iter().collect::<String>().replace("&amp;", "&").replace("&AMP;", "&"))
+        });
     }
     if starts(rest, "c++") {
         best.offer_span(rest, 3);
@@ -592,7 +701,10 @@ fn slashed(rest: &[char], best: &mut Best) {
     let part = |from: usize| {
         let mut end = from + run(rest, from, |c| c.is_ascii_alphanumeric());
         for _ in 0..2 {
-            if end > from && at(rest, end) == Some('-') && is_at(rest, end + 1, |c| c.is_ascii_alphabetic()) {
+            if end > from
+                && at(rest, end) == Some('-')
+                && is_at(rest, end + 1, |c| c.is_ascii_alphabetic())
+            {
                 end += 1 + run(rest, end + 1, |c| c.is_ascii_alphabetic());
             }
         }
@@ -611,7 +723,8 @@ fn slashed(rest: &[char], best: &mut Best) {
 
 /// `example.com`, `end.Another`, `yahoo!s`: words that begin with a letter, a mark between them.
 fn dotted(rest: &[char], best: &mut Best) {
-    let word = |from: usize| if is_at(rest, from, is_letter) { run(rest, from, is_alnum) } else { 0 };
+    let word =
+        |from: usize| if is_at(rest, from, is_letter) { run(rest, from, is_alnum) } else { 0 };
     let letters_only = |from: usize| run(rest, from, is_letter);
     let mut end = word(0);
     while end > 0 && at(rest, end) == Some('.') && word(end + 1) > 0 {
@@ -627,7 +740,8 @@ fn dotted(rest: &[char], best: &mut Best) {
     }
     let mut end = letters_only(0);
     let first = end;
-    while end > 0 && is_at(rest, end, |c| matches!(c, '.' | '!' | '?')) && letters_only(end + 1) > 0 {
+    while end > 0 && is_at(rest, end, |c| matches!(c, '.' | '!' | '?')) && letters_only(end + 1) > 0
+    {
         end += 1 + letters_only(end + 1);
     }
     if end > first && !is_at(rest, end, is_digit) {
@@ -641,7 +755,11 @@ fn vowel_joined(rest: &[char], best: &mut Best) {
     let vowel = |c: char| "aeiou".contains(c.to_ascii_lowercase());
     // C'est: one capital, then at least two letters.
     let second = run(rest, 2, |c| c.is_ascii_alphabetic());
-    if first == 1 && matches!(rest[0], 'A'..='H' | 'J'..='X' | 'Z') && is_at(rest, 1, is_apostrophe) && second > 1 {
+    if first == 1
+        && matches!(rest[0], 'A'..='H' | 'J'..='X' | 'Z')
+        && is_at(rest, 1, is_apostrophe)
+        && second > 1
+    {
         let clitic = CLITICS.iter().any(|c| second == c.len() && starts(&rest[2..], c));
         best.offer_span(rest, if clitic { 0 } else { 2 + second });
     }
@@ -677,8 +795,11 @@ fn plain_words(rest: &[char], best: &mut Best) {
     {
         best.offer(length + 2, length - 1, || Some(rest[..length - 1].iter().collect()));
     }
-    for (word, cut) in [("cannot", 3), ("gonna", 3), ("gotta", 3), ("lemme", 3), ("gimme", 3), ("wanna", 3)] {
-        let clitic = is_at(rest, length, is_apostrophe) && is_at(rest, length + 1, |c| c.is_ascii_alphabetic());
+    for (word, cut) in
+        [("cannot", 3), ("gonna", 3), ("gotta", 3), ("lemme", 3), ("gimme", 3), ("wanna", 3)]
+    {
+        let clitic = is_at(rest, length, is_apostrophe)
+            && is_at(rest, length + 1, |c| c.is_ascii_alphabetic());
         if length == word.len() && starts(rest, word) && !clitic {
             best.offer(length + 1, cut, || Some(rest[..cut].iter().collect()));
         }
@@ -689,10 +810,15 @@ fn plain_words(rest: &[char], best: &mut Best) {
 fn faces(rest: &[char], best: &mut Best) {
     if is_at(rest, 0, |c| matches!(c, ':' | ';' | '=')) {
         let nose = usize::from(is_at(rest, 1, |c| matches!(c, '-' | '\'')));
-        if is_at(rest, 1 + nose, |c| matches!(c, '(' | ')' | 'D' | 'P' | 'p' | ']' | '[')) && !is_at(rest, 2 + nose, is_alnum) {
+        if is_at(rest, 1 + nose, |c| matches!(c, '(' | ')' | 'D' | 'P' | 'p' | ']' | '['))
+            && !is_at(rest, 2 + nose, is_alnum)
+        {
             best.offer_escaped(rest, 2 + nose);
         }
-        if nose == 0 && is_at(rest, 1, |c| matches!(c, '\\' | '|' | '{')) && !is_at(rest, 2, is_alnum) {
+        if nose == 0
+            && is_at(rest, 1, |c| matches!(c, '\\' | '|' | '{'))
+            && !is_at(rest, 2, is_alnum)
+        {
             best.offer_escaped(rest, 2);
         }
     }
@@ -701,7 +827,9 @@ fn faces(rest: &[char], best: &mut Best) {
             best.offer_span(rest, 3);
         }
     }
-    let angry = at(rest, 0) == Some('>') && at(rest, 1) == Some(':') && is_at(rest, 2, |c| matches!(c, '(' | ')'));
+    let angry = at(rest, 0) == Some('>')
+        && at(rest, 1) == Some(':')
+        && is_at(rest, 2, |c| matches!(c, '(' | ')'));
     if angry {
         best.offer_escaped(rest, 3);
     }
@@ -724,11 +852,17 @@ fn symbols(rest: &[char], best: &mut Best) {
         '-' if dashes > 1 => return best.offer(dashes, dashes, || Some("--".into())),
         '\u{2013}' | '\u{2014}' | '\u{2015}' => "--",
         '\u{2026}' => "...",
-        '.' if run(rest, 0, |c| c == '.') >= 3 => return best.offer(run(rest, 0, |c| c == '.'), run(rest, 0, |c| c == '.'), || Some("...".into())),
+        '.' if run(rest, 0, |c| c == '.') >= 3 => {
+            return best.offer(run(rest, 0, |c| c == '.'), run(rest, 0, |c| c == '.'), || {
+                Some("...".into())
+            });
+        }
         '.' if starts(rest, ". . .") => return best.offer(5, 5, || Some("...".into())),
         '!' | '?' => return best.offer_span(rest, run(rest, 0, |c| matches!(c, '!' | '?'))),
         '*' => return best.offer_span(rest, run(rest, 0, |c| c == '*').min(3)),
-        '#' if at(rest, 1) == Some('#') => return best.offer_span(rest, run(rest, 0, |c| c == '#')),
+        '#' if at(rest, 1) == Some('#') => {
+            return best.offer_span(rest, run(rest, 0, |c| c == '#'));
+        }
         '<' | '>' if at(rest, 1) == Some(c) => return best.offer_span(rest, 2),
         '(' => "-LRB-",
         ')' => "-RRB-",

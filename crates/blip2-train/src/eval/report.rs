@@ -184,7 +184,8 @@ pub struct Report {
 /// [`Error::Data`] if the encoder fails.
 pub fn thumbnail(picture: &image::RgbImage, side: u32) -> Result<String> {
     let longer = picture.width().max(picture.height()).max(1);
-    let scaled = |length: u32| (u64::from(length) * u64::from(side) / u64::from(longer)).max(1) as u32;
+    let scaled =
+        |length: u32| (u64::from(length) * u64::from(side) / u64::from(longer)).max(1) as u32;
     let small = if longer > side {
         image::imageops::thumbnail(picture, scaled(picture.width()), scaled(picture.height()))
     } else {
@@ -193,7 +194,10 @@ pub fn thumbnail(picture: &image::RgbImage, side: u32) -> Result<String> {
     let mut bytes = Vec::new();
     let encoder = image::codecs::jpeg::JpegEncoder::new_with_quality(&mut bytes, 82);
     small.write_with_encoder(encoder).map_err(|e| Error::Data(format!("thumbnail: {e}")))?;
-    Ok(format!("data:image/jpeg;base64,{}", base64::engine::general_purpose::STANDARD.encode(bytes)))
+    Ok(format!(
+        "data:image/jpeg;base64,{}",
+        base64::engine::general_purpose::STANDARD.encode(bytes)
+    ))
 }
 
 // ---- numbers as people read them -------------------------------------------------------------
@@ -225,7 +229,8 @@ fn system_table(report: &Report) -> Vec<Vec<String>> {
 
 /// The table of question kinds, or nothing if no question was asked.
 fn kind_table(report: &Report) -> Vec<Vec<String>> {
-    let mut kinds: Vec<&String> = report.systems.iter().flat_map(|s| s.question_kinds.keys()).collect();
+    let mut kinds: Vec<&String> =
+        report.systems.iter().flat_map(|s| s.question_kinds.keys()).collect();
     kinds.sort_unstable();
     kinds.dedup();
     if kinds.is_empty() {
@@ -249,7 +254,8 @@ fn retrieval_table(report: &Report) -> Vec<Vec<String>> {
     let Some(r) = &report.retrieval else { return Vec::new() };
     let heading = ["retrieval", "", "R@1", "R@5", "R@10", "mean rank", "× chance"];
     let mut rows = vec![heading.map(String::from).to_vec()];
-    let systems = [("ITC", Some(&r.itc)), ("ITC + ITM", r.itc_itm.as_ref()), ("chance", Some(&r.chance))];
+    let systems =
+        [("ITC", Some(&r.itc)), ("ITC + ITM", r.itc_itm.as_ref()), ("chance", Some(&r.chance))];
     for (name, found) in systems.iter().filter_map(|(name, found)| Some((*name, (*found)?))) {
         let directions = [
             ("image → text", found.image_to_text, r.chance.image_to_text),
@@ -278,16 +284,26 @@ fn recall_row(name: &str, direction: &str, recalls: Recalls, chance: Recalls) ->
 /// What was measured, in a few words each.
 fn facts(report: &Report) -> Vec<(&'static str, String)> {
     let c = report.counts;
-    let decode: Vec<String> = report.decode.iter().map(|(k, v)| format!("{k} {}", plain(v))).collect();
+    let decode: Vec<String> =
+        report.decode.iter().map(|(k, v)| format!("{k} {}", plain(v))).collect();
     let mut facts = vec![
         ("model", format!("{} ({})", report.model, short(&report.model_hash))),
         ("data", format!("{} ({})", report.split, short(&report.data_hash))),
-        ("counts", format!("{} pictures, {} references, {} nouns, {} questions", c.pictures, c.references, c.nouns, c.questions)),
+        (
+            "counts",
+            format!(
+                "{} pictures, {} references, {} nouns, {} questions",
+                c.pictures, c.references, c.nouns, c.questions
+            ),
+        ),
         ("decoding", decode.join(", ")),
         ("program", format!("blip2 {}, {:.0} s", report.version, report.seconds)),
     ];
     if let Some(r) = &report.retrieval {
-        facts.push(("retrieval", format!("{} pictures × {} texts, top {} re-ranked", r.pictures, r.texts, r.k_test)));
+        facts.push((
+            "retrieval",
+            format!("{} pictures × {} texts, top {} re-ranked", r.pictures, r.texts, r.k_test),
+        ));
     }
     facts
 }
@@ -336,7 +352,9 @@ impl Report {
 /// Columns padded to their widest cell; the first left, numbers right.
 fn text_table(rows: &[Vec<String>], out: &mut String) {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
-    let width = |c: usize| rows.iter().filter_map(|r| r.get(c)).map(|s| s.chars().count()).max().unwrap_or(0);
+    let width = |c: usize| {
+        rows.iter().filter_map(|r| r.get(c)).map(|s| s.chars().count()).max().unwrap_or(0)
+    };
     let widths: Vec<usize> = (0..columns).map(width).collect();
     for row in rows {
         let mut line = String::new();
@@ -408,8 +426,12 @@ fn escape(text: &str) -> String {
 
 fn html_page(report: &Report) -> String {
     let title = escape(&format!("{} on {}", report.model, report.split));
-    let facts: String = facts(report).iter().map(|(k, v)| format!("<dt>{k}</dt><dd>{}</dd>", escape(v))).collect();
-    let tables: String = [system_table(report), kind_table(report), retrieval_table(report)].iter().map(|t| html_table(t)).collect();
+    let facts: String =
+        facts(report).iter().map(|(k, v)| format!("<dt>{k}</dt><dd>{}</dd>", escape(v))).collect();
+    let tables: String = [system_table(report), kind_table(report), retrieval_table(report)]
+        .iter()
+        .map(|t| html_table(t))
+        .collect();
     let pictures: String = report.pictures.iter().map(html_picture).collect();
     format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
@@ -425,7 +447,10 @@ fn html_table(rows: &[Vec<String>]) -> String {
     let number = |c: usize| body.iter().all(|r| r.get(c).is_some_and(|s| is_number(s)));
     let class = |c: usize| if number(c) { " class=\"number\"" } else { "" };
     let cells = |row: &[String], tag: &str| -> String {
-        row.iter().enumerate().map(|(c, s)| format!("<{tag}{}>{}</{tag}>", class(c), escape(s))).collect()
+        row.iter()
+            .enumerate()
+            .map(|(c, s)| format!("<{tag}{}>{}</{tag}>", class(c), escape(s)))
+            .collect()
     };
     let lines: String = body.iter().map(|r| format!("<tr>{}</tr>\n", cells(r, "td"))).collect();
     format!(
@@ -435,12 +460,15 @@ fn html_table(rows: &[Vec<String>]) -> String {
 }
 
 fn html_picture(row: &PictureRow) -> String {
-    let image = row.thumbnail.as_ref().map_or_else(String::new, |url| format!("<img src=\"{}\" alt=\"\" loading=\"lazy\">", escape(url)));
+    let image = row.thumbnail.as_ref().map_or_else(String::new, |url| {
+        format!("<img src=\"{}\" alt=\"\" loading=\"lazy\">", escape(url))
+    });
     let mut lines = String::new();
     let references = escape(&row.references.join(" / "));
     line(&mut lines, "reference", &references, "");
     for (system, caption) in &row.captions {
-        let score = format!("CIDEr-D {} · ROUGE-L {}", percent(caption.cider), percent(caption.rouge_l));
+        let score =
+            format!("CIDEr-D {} · ROUGE-L {}", percent(caption.cider), percent(caption.rouge_l));
         let text = marked(&caption.text, caption.names_noun);
         line(&mut lines, system.label(), &text, &score);
     }
@@ -448,17 +476,27 @@ fn html_picture(row: &PictureRow) -> String {
         line(&mut lines, "noun", &escape(noun), "");
     }
     for asked in &row.questions {
-        line(&mut lines, &escape(&asked.kind), &format!("{} <b>{}</b>", escape(&asked.question), escape(&asked.truth)), "");
-        let answers = asked.answers.iter().map(|(system, (text, right))| format!("{}: {}", system.label(), marked(text, Some(*right))));
+        line(
+            &mut lines,
+            &escape(&asked.kind),
+            &format!("{} <b>{}</b>", escape(&asked.question), escape(&asked.truth)),
+            "",
+        );
+        let answers = asked.answers.iter().map(|(system, (text, right))| {
+            format!("{}: {}", system.label(), marked(text, Some(*right)))
+        });
         line(&mut lines, "", &answers.collect::<Vec<_>>().join(" · "), "");
     }
     let key = escape(&row.key);
-    format!("<article><figure>{image}<figcaption>{key}</figcaption></figure>\n<div><table>\n{lines}</table></div></article>\n")
+    format!(
+        "<article><figure>{image}<figcaption>{key}</figcaption></figure>\n<div><table>\n{lines}</table></div></article>\n"
+    )
 }
 
 /// One line of a picture's table; `text` is HTML already.
 fn line(out: &mut String, name: &str, text: &str, score: &str) {
-    writeln!(out, "<tr><th>{name}</th><td>{text}</td><td class=\"number soft\">{score}</td></tr>").ok();
+    writeln!(out, "<tr><th>{name}</th><td>{text}</td><td class=\"number soft\">{score}</td></tr>")
+        .ok();
 }
 
 /// A text with a mark in front, and in colour, where it is known to be right or wrong.

@@ -22,18 +22,23 @@ impl ScoreMatrix {
     pub fn new(queries: usize, candidates: usize, scores: Vec<f32>) -> Result<Self> {
         if queries == 0 || candidates == 0 || scores.len() != queries * candidates {
             let found = scores.len();
-            return Err(Error::Data(format!("{found} scores for {queries} queries × {candidates} candidates")));
+            return Err(Error::Data(format!(
+                "{found} scores for {queries} queries × {candidates} candidates"
+            )));
         }
         if let Some(bad) = scores.iter().position(|s| s.is_nan()) {
             let (q, c) = (bad / candidates, bad % candidates);
-            return Err(Error::Data(format!("the score of query {q} and candidate {c} is not a number")));
+            return Err(Error::Data(format!(
+                "the score of query {q} and candidate {c} is not a number"
+            )));
         }
         Ok(Self { queries, candidates, scores })
     }
 
     /// Rows and columns exchanged: text→image from image→text.
     pub fn transposed(&self) -> Self {
-        let scores = (0..self.candidates).flat_map(|c| (0..self.queries).map(move |q| self.scores[q * self.candidates + c]));
+        let scores = (0..self.candidates)
+            .flat_map(|c| (0..self.queries).map(move |q| self.scores[q * self.candidates + c]));
         Self { queries: self.candidates, candidates: self.queries, scores: scores.collect() }
     }
 
@@ -81,7 +86,9 @@ pub fn rerank(
         let found = matching(query, &candidates)?;
         if found.len() != candidates.len() {
             let (n, m) = (found.len(), candidates.len());
-            return Err(Error::Data(format!("{n} matching scores for {m} candidates of query {query}")));
+            return Err(Error::Data(format!(
+                "{n} matching scores for {m} candidates of query {query}"
+            )));
         }
         for (&candidate, score) in candidates.iter().zip(found) {
             let place = query * similarities.candidates + candidate;
@@ -123,11 +130,19 @@ pub struct Retrieval {
 /// # Errors
 /// [`Error::Data`] if the shapes don't fit each other, a text names a picture that is not there, or a picture has
 /// no text.
-pub fn evaluate(image_to_text: &ScoreMatrix, text_to_image: &ScoreMatrix, image_of_text: &[usize]) -> Result<Retrieval> {
+pub fn evaluate(
+    image_to_text: &ScoreMatrix,
+    text_to_image: &ScoreMatrix,
+    image_of_text: &[usize],
+) -> Result<Retrieval> {
     let (images, texts) = (image_to_text.queries, image_to_text.candidates);
-    if (text_to_image.queries, text_to_image.candidates, image_of_text.len()) != (texts, images, texts) {
+    if (text_to_image.queries, text_to_image.candidates, image_of_text.len())
+        != (texts, images, texts)
+    {
         let (q, c, n) = (text_to_image.queries, text_to_image.candidates, image_of_text.len());
-        return Err(Error::Data(format!("{images} images × {texts} texts, but {q} × {c} backwards and {n} text owners")));
+        return Err(Error::Data(format!(
+            "{images} images × {texts} texts, but {q} × {c} backwards and {n} text owners"
+        )));
     }
     let texts_of = texts_of_images(image_of_text, images)?;
     let owner = |text: usize| vec![image_of_text[text]];
@@ -145,14 +160,20 @@ pub fn chance(images: usize, image_of_text: &[usize]) -> Result<Retrieval> {
     let texts_of = texts_of_images(image_of_text, images)?;
     let texts = image_of_text.len();
     let right: Vec<usize> = texts_of.iter().map(Vec::len).collect();
-    Ok(Retrieval { image_to_text: chance_recalls(texts, &right), text_to_image: chance_recalls(images, &[1]) })
+    Ok(Retrieval {
+        image_to_text: chance_recalls(texts, &right),
+        text_to_image: chance_recalls(images, &[1]),
+    })
 }
 
 fn texts_of_images(image_of_text: &[usize], images: usize) -> Result<Vec<Vec<usize>>> {
     let mut texts_of = vec![Vec::new(); images];
     for (text, &image) in image_of_text.iter().enumerate() {
         let list = texts_of.get_mut(image);
-        list.ok_or_else(|| Error::Data(format!("text {text} belongs to picture {image} of {images}")))?.push(text);
+        list.ok_or_else(|| {
+            Error::Data(format!("text {text} belongs to picture {image} of {images}"))
+        })?
+        .push(text);
     }
     match texts_of.iter().position(Vec::is_empty) {
         Some(image) => Err(Error::Data(format!("picture {image} has no text"))),
@@ -162,7 +183,8 @@ fn texts_of_images(image_of_text: &[usize], images: usize) -> Result<Vec<Vec<usi
 }
 
 fn recalls(matrix: &ScoreMatrix, right: impl Fn(usize) -> Vec<usize>) -> Recalls {
-    let mut ranks: Vec<usize> = (0..matrix.queries).map(|q| best_rank(matrix.row(q), &right(q))).collect();
+    let mut ranks: Vec<usize> =
+        (0..matrix.queries).map(|q| best_rank(matrix.row(q), &right(q))).collect();
     ranks.sort_unstable();
     let count = ranks.len() as f64;
     let within = |k: usize| ranks.iter().filter(|&&r| r <= k).count() as f64 / count;
@@ -186,9 +208,14 @@ fn best_rank(row: &[f32], right: &[usize]) -> usize {
 /// Expectation over random orders of `candidates`, of which `right[q]` are right for query q.
 fn chance_recalls(candidates: usize, right: &[usize]) -> Recalls {
     let queries = right.len() as f64;
-    let missed = |r: usize, k: usize| (0..r).map(|i| (candidates.saturating_sub(k + i)) as f64 / (candidates - i) as f64).product::<f64>();
+    let missed = |r: usize, k: usize| {
+        (0..r)
+            .map(|i| (candidates.saturating_sub(k + i)) as f64 / (candidates - i) as f64)
+            .product::<f64>()
+    };
     let within = |k: usize| right.iter().map(|&r| 1.0 - missed(r, k)).sum::<f64>() / queries;
-    let mean_rank = right.iter().map(|&r| (candidates + 1) as f64 / (r + 1) as f64).sum::<f64>() / queries;
+    let mean_rank =
+        right.iter().map(|&r| (candidates + 1) as f64 / (r + 1) as f64).sum::<f64>() / queries;
     // Median: the first rank within which half of the queries are expected.
     let median = (1..=candidates).find(|&k| within(k) >= 0.5).unwrap_or(candidates);
     Recalls { r1: within(1), r5: within(5), r10: within(10), mean_rank, median_rank: median as f64 }
