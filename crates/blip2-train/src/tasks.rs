@@ -280,7 +280,7 @@ impl Source for Stage1Source<'_> {
     fn load(&self, plan: &BatchPlan) -> Result<Stage1Loaded> {
         let captions: Vec<String> =
             plan.samples.iter().map(|&i| self.pictures.caption(i, &mut plan.rng(i))).collect();
-        let batch = self.tokenizer.encode_batch(&captions, self.padding, true)?;
+        let batch = self.tokenizer.encode_batch(&captions, true, self.padding)?;
         let texts =
             Texts { tokens: batch.mask_tensor()?.to_dtype(DType::U8)?, ids: batch.ids };
         let image_ids = if self.same_caption_matches {
