@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use blip2_ops::{Dropout, WeightFormat};
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 
 use crate::assets::{self, Check, Progress};
 use crate::generate::{self, Hypothesis};
@@ -251,6 +252,19 @@ impl Model {
     /// If the file is missing or damaged; the message names it.
     pub fn weights(&self, name: &str) -> Result<BTreeMap<String, Tensor>> {
         params::read_weights(&self.files.read(name)?, &self.files.describe(name))
+    }
+
+    /// sha256, in hex, of the model's own weights and description: what was trained, not what it stands on.
+    ///
+    /// # Errors
+    /// If a file can't be read.
+    pub fn hash(&self) -> Result<String> {
+        let mut sha = Sha256::new();
+        let stages = [self.manifest.stage1.as_ref().map(|s| &s.weights), self.manifest.stage2.as_ref().map(|s| &s.weights)];
+        for name in [Some(&MANIFEST.to_owned())].into_iter().chain(stages).flatten() {
+            sha.update(self.files.read(name)?);
+        }
+        Ok(sha.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
     fn build<T>(
