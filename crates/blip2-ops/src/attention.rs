@@ -193,6 +193,9 @@ impl Attention {
     fn forward(&self, x: &Inputs<'_>) -> Vec<f32> {
         let Dims { b, tq, tk, h, d, .. } = self.dims;
         let mut y = vec![0f32; b * tq * h * d];
+        if tk == 0 {
+            return y;
+        }
         let tasks = blocks(&mut y, tq, h * d, d);
         self.for_each(tasks, tq * tk, |p, (b, head, out)| {
             self.probabilities(x, b, head, p);
@@ -211,6 +214,9 @@ impl Attention {
         let mut dq = size(want[0], b * tq * h * d);
         let mut dk = size(want[1], b * tk * kv * d);
         let mut dv = size(want[2], b * tk * kv * d);
+        if self.dims.work() == 0 {
+            return [dq, dk, dv];
+        }
 
         // One task per key head: the query heads of its group add to the same dk and dv.
         let mut q_blocks = blocks(&mut dq, tq, h * d, group * d).into_iter();
