@@ -3,25 +3,28 @@
 Run: python benches/ops_pytorch.py      (prints NAME MILLISECONDS, the best of several runs)
 """
 
+import os
 import time
 
 import torch
 import torch.nn.functional as F
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 torch.manual_seed(0)
 
 
 def best(name, step, seconds=1.5):
     step()
     step()
-    times, end = [], time.perf_counter() + seconds
+    times, end, cpu = [], time.perf_counter() + seconds, time.process_time()
     while time.perf_counter() < end or len(times) < 5:
         start = time.perf_counter()
         step()
         times.append(time.perf_counter() - start)
+    cpu = (time.process_time() - cpu) / len(times)
     times.sort()
-    print(f"{name:24} {times[0] * 1e3:8.3f} ms   median {times[len(times) // 2] * 1e3:8.3f}", flush=True)
+    best, median, cpu = (1e3 * t for t in (times[0], times[len(times) // 2], cpu))
+    print(f"{name:32} best {best:8.3f} ms   median {median:8.3f}   cpu {cpu:8.3f}", flush=True)
 
 
 def train(name, inputs, fn):

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use crate::dropout::DropoutKey;
 use crate::gemm::{self, Output, RowsMut, Threads, product};
-use crate::host::{self, Host, simd};
+use crate::host::{self, Fma, Host, simd};
 
 const NAME: &str = "attention";
 
@@ -148,7 +148,7 @@ impl Attention {
         let strides = self.bias.as_ref().map_or([0; 4], |bias| bias.strides);
         simd(
             #[inline(always)]
-            || {
+            |f| {
                 for (i, row) in p.chunks_exact_mut(tk).enumerate() {
                     if let Some(bias) = x.bias {
                         let at = b * strides[0] + head * strides[1] + i * strides[2];
@@ -159,7 +159,7 @@ impl Attention {
                             row.iter_mut().zip(bias).for_each(|(s, b)| *s += b);
                         }
                     }
-                    soft_max(row);
+                    soft_max(f, row);
                 }
             },
         );
@@ -170,7 +170,7 @@ impl Attention {
             let first = (b * self.dims.h + head) * self.dims.tq * self.dims.tk;
             simd(
                 #[inline(always)]
-                || key.mask(first, p),
+                |_| key.mask(first, p),
             );
         }
     }
@@ -283,14 +283,14 @@ fn blocks(
 
 /// Soft-max of one row in place; a row of only -inf becomes zeros.
 #[inline(always)]
-fn soft_max(row: &mut [f32]) {
+fn soft_max(f: Fma, row: &mut [f32]) {
     let top = host::max(row);
     if top == f32::NEG_INFINITY {
         row.fill(0.0);
         return;
     }
     for s in row.iter_mut() {
-        *s = host::exp(*s - top);
+        *s = host::exp(f, *s - top);
     }
     let scale = 1.0 / host::sum(row);
     for s in row.iter_mut() {
@@ -302,9 +302,9 @@ fn soft_max(row: &mut [f32]) {
 fn soft_max_backward(p: &[f32], dp: &mut [f32], tk: usize) {
     simd(
         #[inline(always)]
-        || {
+        |f| {
             for (p, dp) in p.chunks_exact(tk).zip(dp.chunks_exact_mut(tk)) {
-                let along = host::dot(p, dp);
+                let along = host::dot(f, p, dp);
                 for (dp, p) in dp.iter_mut().zip(p) {
                     *dp = p * (*dp - along);
                 }

@@ -390,11 +390,7 @@ fn few_rows(
             reader.with_row(o, &mut scratch, |w| {
                 simd(
                     #[inline(always)]
-                    || {
-                        for (i, y) in y.iter_mut().enumerate() {
-                            *y = host::dot(&x[i * width..(i + 1) * width], w);
-                        }
-                    },
+                    |f| host::dots(f, x, w, y),
                 );
             });
             if let Some(bias) = bias {

@@ -16,10 +16,34 @@ use rayon::prelude::*;
 /// enough to stay in the second-level cache.
 pub(crate) const GRAIN: usize = 16 * 1024;
 
+/// Whether this machine multiplies and adds in one instruction; known when the kernel is compiled.
+#[derive(Clone, Copy)]
+pub(crate) struct Fma(bool);
+
+impl Fma {
+    /// `a * b + c`
+    #[inline(always)]
+    pub(crate) fn of(self, a: f32, b: f32, c: f32) -> f32 {
+        // Without the instruction, `mul_add` would be a slow library call.
+        if self.0 { a.mul_add(b, c) } else { a * b + c }
+    }
+}
+
+struct Kernel<F>(F);
+
+impl<R, F: FnOnce(Fma) -> R> pulp::WithSimd for Kernel<F> {
+    type Output = R;
+
+    #[inline(always)]
+    fn with_simd<S: pulp::Simd>(self, _: S) -> R {
+        (self.0)(Fma(!S::IS_SCALAR))
+    }
+}
+
 /// Runs `f` compiled for the widest SIMD this machine has (`f` must be `#[inline(always)]`).
 #[inline(always)]
-pub(crate) fn simd<R>(f: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(f)
+pub(crate) fn simd<R>(f: impl FnOnce(Fma) -> R) -> R {
+    pulp::Arch::new().dispatch(Kernel(f))
 }
 
 /// The numbers of a CPU f32 tensor in row-major order: borrowed when contiguous, else gathered.
@@ -156,7 +180,7 @@ pub(crate) fn column_sums(matrix: &[f32], width: usize) -> Vec<f32> {
     let add = |start: usize, piece: &mut [f32]| {
         simd(
             #[inline(always)]
-            || {
+            |_| {
                 for row in matrix.chunks_exact(width) {
                     let row = &row[start..start + piece.len()];
                     for (s, r) in piece.iter_mut().zip(row) {
@@ -175,7 +199,7 @@ pub(crate) fn column_sums(matrix: &[f32], width: usize) -> Vec<f32> {
 }
 
 /// Lanes of the partial sums of a reduction. Fixed, so that the rounding is the same on every machine.
-const LANES: usize = 16;
+const LANES: usize = 32;
 
 /// Sum in [`LANES`] partial sums.
 #[inline(always)]
@@ -185,8 +209,8 @@ pub(crate) fn sum(x: &[f32]) -> f32 {
 
 /// Sum of squares of `x - mean`.
 #[inline(always)]
-pub(crate) fn sum_squares(x: &[f32], mean: f32) -> f32 {
-    reduce(x, |s, x| s + (x - mean) * (x - mean))
+pub(crate) fn sum_squares(f: Fma, x: &[f32], mean: f32) -> f32 {
+    reduce(x, |s, x| f.of(x - mean, x - mean, s))
 }
 
 #[inline(always)]
@@ -207,38 +231,78 @@ fn reduce(x: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
 
 /// Dot product in [`LANES`] partial sums.
 #[inline(always)]
-pub(crate) fn dot(x: &[f32], y: &[f32]) -> f32 {
+pub(crate) fn dot(f: Fma, x: &[f32], y: &[f32]) -> f32 {
     let n = x.len().min(y.len());
     let mut acc = [0f32; LANES];
     let (xs, x_rest) = x[..n].as_chunks::<LANES>();
     let (ys, y_rest) = y[..n].as_chunks::<LANES>();
     for (x, y) in xs.iter().zip(ys) {
         for l in 0..LANES {
-            acc[l] += x[l] * y[l];
+            acc[l] = f.of(x[l], y[l], acc[l]);
         }
     }
     let mut tail = 0f32;
     for (x, y) in x_rest.iter().zip(y_rest) {
-        tail += x * y;
+        tail = f.of(*x, *y, tail);
     }
     fold(acc) + tail
 }
 
+/// Dot products of `w` with each row of `x`; `w` is loaded once for four rows.
+#[inline(always)]
+pub(crate) fn dots(f: Fma, x: &[f32], w: &[f32], out: &mut [f32]) {
+    let width = w.len();
+    let (fours, rest) = out.as_chunks_mut::<4>();
+    let done = fours.len() * 4;
+    for (i, out) in fours.iter_mut().enumerate() {
+        let row = |r: usize| &x[(4 * i + r) * width..][..width];
+        *out = dot4(f, [row(0), row(1), row(2), row(3)], w);
+    }
+    for (i, out) in rest.iter_mut().enumerate() {
+        *out = dot(f, &x[(done + i) * width..][..width], w);
+    }
+}
+
+#[inline(always)]
+fn dot4(f: Fma, x: [&[f32]; 4], w: &[f32]) -> [f32; 4] {
+    const L: usize = 16;
+    let mut acc = [[0f32; L]; 4];
+    let (ws, w_rest) = w.as_chunks::<L>();
+    let xs = x.map(|x| x[..w.len()].as_chunks::<L>());
+    for (i, w) in ws.iter().enumerate() {
+        for r in 0..4 {
+            let x = &xs[r].0[i];
+            for l in 0..L {
+                acc[r][l] = f.of(x[l], w[l], acc[r][l]);
+            }
+        }
+    }
+    let mut out = [0f32; 4];
+    for r in 0..4 {
+        let mut tail = 0f32;
+        for (x, w) in xs[r].1.iter().zip(w_rest) {
+            tail = f.of(*x, *w, tail);
+        }
+        out[r] = fold(acc[r]) + tail;
+    }
+    out
+}
+
 /// Sum of `(x - mean) * y` in [`LANES`] partial sums.
 #[inline(always)]
-pub(crate) fn dot_centred(x: &[f32], mean: f32, y: &[f32]) -> f32 {
+pub(crate) fn dot_centred(f: Fma, x: &[f32], mean: f32, y: &[f32]) -> f32 {
     let n = x.len().min(y.len());
     let mut acc = [0f32; LANES];
     let (xs, x_rest) = x[..n].as_chunks::<LANES>();
     let (ys, y_rest) = y[..n].as_chunks::<LANES>();
     for (x, y) in xs.iter().zip(ys) {
         for l in 0..LANES {
-            acc[l] += (x[l] - mean) * y[l];
+            acc[l] = f.of(x[l] - mean, y[l], acc[l]);
         }
     }
     let mut tail = 0f32;
     for (x, y) in x_rest.iter().zip(y_rest) {
-        tail += (x - mean) * y;
+        tail = f.of(x - mean, *y, tail);
     }
     fold(acc) + tail
 }
@@ -262,17 +326,17 @@ pub(crate) fn max(x: &[f32]) -> f32 {
 
 /// Sum of `exp(x - top)` in [`LANES`] partial sums.
 #[inline(always)]
-pub(crate) fn sum_exp(x: &[f32], top: f32) -> f32 {
+pub(crate) fn sum_exp(f: Fma, x: &[f32], top: f32) -> f32 {
     reduce(
         x,
         #[inline(always)]
-        |s, x| s + exp(x - top),
+        |s, x| s + exp(f, x - top),
     )
 }
 
 #[inline(always)]
-fn fold(mut acc: [f32; LANES]) -> f32 {
-    let mut half = LANES / 2;
+fn fold<const L: usize>(mut acc: [f32; L]) -> f32 {
+    let mut half = L / 2;
     while half > 0 {
         for l in 0..half {
             acc[l] += acc[l + half];
@@ -284,29 +348,27 @@ fn fold(mut acc: [f32; LANES]) -> f32 {
 
 /// e^x to about 2 units in the last place; 0 below the smallest normal number.
 #[inline(always)]
-pub(crate) fn exp(x: f32) -> f32 {
+pub(crate) fn exp(f: Fma, x: f32) -> f32 {
     // 1.5 * 2^23: adding it rounds to the nearest integer, which is left in the low mantissa bits.
     const ROUND: f32 = 12_582_912.0;
+    // ln 2 in two parts; the product of the first with any exponent is exact.
     const LN2_HIGH: f32 = 0.693_359_4;
     const LN2_LOW: f32 = -2.121_944_4e-4;
-    let clamped = x.clamp(-87.3, 88.7);
-    let shifted = clamped * std::f32::consts::LOG2_E + ROUND;
+    let shifted = f.of(x.clamp(-87.3, 88.7), std::f32::consts::LOG2_E, ROUND);
     let n = shifted - ROUND;
-    let r = clamped - n * LN2_HIGH - n * LN2_LOW;
+    let r = f.of(n, -LN2_LOW, f.of(n, -LN2_HIGH, x));
     // Taylor's series to r^7 leaves 2e-9 on |r| <= ln(2)/2.
-    let p = 1.0 / 5040.0;
-    let p = p * r + 1.0 / 720.0;
-    let p = p * r + 1.0 / 120.0;
-    let p = p * r + 1.0 / 24.0;
-    let p = p * r + 1.0 / 6.0;
-    let p = p * r + 0.5;
-    let p = p * r + 1.0;
-    let p = p * r + 1.0;
-    // 2^n in two factors, so that n = 128 does not overflow early.
-    let bits = shifted.to_bits() << 23;
-    let power = f32::from_bits(bits.wrapping_add(126 << 23)) * 2.0;
-    let y = p * power;
+    let p = f.of(1.0 / 5040.0, r, 1.0 / 720.0);
+    let p = f.of(p, r, 1.0 / 120.0);
+    let p = f.of(p, r, 1.0 / 24.0);
+    let p = f.of(p, r, 1.0 / 6.0);
+    let p = f.of(p, r, 0.5);
+    let p = f.of(p, r, 1.0);
+    let p = f.of(p, r, 1.0);
+    // 2^n, as 2 times 2^(n-1): n = 128 has no f32.
+    let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(126 << 23));
+    let y = p * power * 2.0;
+    // Outside the range r is not small, so y is nonsense there; a NaN passes through r.
     let y = if x < -87.3 { 0.0 } else { y };
-    let y = if x > 88.7 { f32::INFINITY } else { y };
-    if x.is_nan() { x } else { y }
+    if x > 88.7 { f32::INFINITY } else { y }
 }

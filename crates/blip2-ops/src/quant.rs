@@ -19,7 +19,7 @@ pub(crate) fn known(dtype: GgmlDType) -> bool {
 pub(crate) fn dequantize(dtype: GgmlDType, bytes: &[u8], out: &mut [f32]) {
     simd(
         #[inline(always)]
-        || match dtype {
+        |_| match dtype {
             GgmlDType::F16 => halves(bytes, out, f16::from_le_bytes, f16::to_f32),
             GgmlDType::BF16 => halves(bytes, out, bf16::from_le_bytes, bf16::to_f32),
             GgmlDType::Q4_0 => blocks::<18, 32>(bytes, out, q4_0),
