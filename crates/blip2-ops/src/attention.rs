@@ -153,10 +153,13 @@ impl Attention {
                     if let Some(bias) = x.bias {
                         let at = b * strides[0] + head * strides[1] + i * strides[2];
                         if strides[3] == 0 {
-                            row.iter_mut().for_each(|s| *s += bias[at]);
+                            for s in row.iter_mut() {
+                                *s += bias[at];
+                            }
                         } else {
-                            let bias = &bias[at..at + tk];
-                            row.iter_mut().zip(bias).for_each(|(s, b)| *s += b);
+                            for (s, b) in row.iter_mut().zip(&bias[at..at + tk]) {
+                                *s += b;
+                            }
                         }
                     }
                     soft_max(f, row);

@@ -14,7 +14,7 @@ use half::f16;
 use rayon::prelude::*;
 
 use crate::gemm::{self, Output, Threads, product};
-use crate::host::{self, Host, simd};
+use crate::host::{self, Host};
 use crate::linear::{check_bias, fill_rows, out_shape};
 use crate::quant;
 
@@ -388,10 +388,7 @@ fn few_rows(
         for (r, y) in y.chunks_exact_mut(n).enumerate() {
             let o = piece * per_piece + r;
             reader.with_row(o, &mut scratch, |w| {
-                simd(
-                    #[inline(always)]
-                    |f| host::dots(f, x, w, y),
-                );
+                host::dots(x, w, y);
             });
             if let Some(bias) = bias {
                 y.iter_mut().for_each(|y| *y += bias[o]);

@@ -204,13 +204,21 @@ const LANES: usize = 32;
 /// Sum in [`LANES`] partial sums.
 #[inline(always)]
 pub(crate) fn sum(x: &[f32]) -> f32 {
-    reduce(x, |s, x| s + x)
+    reduce(
+        x,
+        #[inline(always)]
+        |s, x| s + x,
+    )
 }
 
 /// Sum of squares of `x - mean`.
 #[inline(always)]
 pub(crate) fn sum_squares(f: Fma, x: &[f32], mean: f32) -> f32 {
-    reduce(x, |s, x| f.of(x - mean, x - mean, s))
+    reduce(
+        x,
+        #[inline(always)]
+        |s, x| f.of(x - mean, x - mean, s),
+    )
 }
 
 #[inline(always)]
@@ -249,43 +257,91 @@ pub(crate) fn dot(f: Fma, x: &[f32], y: &[f32]) -> f32 {
 }
 
 /// Dot products of `w` with each row of `x`; `w` is loaded once for four rows.
-#[inline(always)]
-pub(crate) fn dots(f: Fma, x: &[f32], w: &[f32], out: &mut [f32]) {
+pub(crate) fn dots(x: &[f32], w: &[f32], out: &mut [f32]) {
     let width = w.len();
+    let row = |r: usize| &x[r * width..][..width];
     let (fours, rest) = out.as_chunks_mut::<4>();
     let done = fours.len() * 4;
     for (i, out) in fours.iter_mut().enumerate() {
-        let row = |r: usize| &x[(4 * i + r) * width..][..width];
-        *out = dot4(f, [row(0), row(1), row(2), row(3)], w);
+        let x = [row(4 * i), row(4 * i + 1), row(4 * i + 2), row(4 * i + 3)];
+        *out = pulp::Arch::new().dispatch(Dot4 { x, w });
     }
     for (i, out) in rest.iter_mut().enumerate() {
-        *out = dot(f, &x[(done + i) * width..][..width], w);
+        *out = pulp::Arch::new().dispatch(Dot { x: row(done + i), w });
     }
 }
 
-#[inline(always)]
-fn dot4(f: Fma, x: [&[f32]; 4], w: &[f32]) -> [f32; 4] {
-    const L: usize = 16;
-    let mut acc = [[0f32; L]; 4];
-    let (ws, w_rest) = w.as_chunks::<L>();
-    let xs = x.map(|x| x[..w.len()].as_chunks::<L>());
-    for (i, w) in ws.iter().enumerate() {
-        for r in 0..4 {
-            let x = &xs[r].0[i];
-            for l in 0..L {
-                acc[r][l] = f.of(x[l], w[l], acc[r][l]);
-            }
+struct Dot<'a> {
+    x: &'a [f32],
+    w: &'a [f32],
+}
+
+impl pulp::WithSimd for Dot<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn with_simd<S: pulp::Simd>(self, simd: S) -> f32 {
+        let (x, x_rest) = S::as_simd_f32s(self.x);
+        let (w, w_rest) = S::as_simd_f32s(self.w);
+        let mut sums = [simd.splat_f32s(0.0); 4];
+        let (xs, x_few) = x.as_chunks::<4>();
+        let (ws, w_few) = w.as_chunks::<4>();
+        for (x, w) in xs.iter().zip(ws) {
+            sums[0] = simd.mul_add_f32s(x[0], w[0], sums[0]);
+            sums[1] = simd.mul_add_f32s(x[1], w[1], sums[1]);
+            sums[2] = simd.mul_add_f32s(x[2], w[2], sums[2]);
+            sums[3] = simd.mul_add_f32s(x[3], w[3], sums[3]);
         }
-    }
-    let mut out = [0f32; 4];
-    for r in 0..4 {
-        let mut tail = 0f32;
-        for (x, w) in xs[r].1.iter().zip(w_rest) {
-            tail = f.of(*x, *w, tail);
+        for (x, w) in x_few.iter().zip(w_few) {
+            sums[0] = simd.mul_add_f32s(*x, *w, sums[0]);
         }
-        out[r] = fold(acc[r]) + tail;
+        let sum = simd.add_f32s(simd.add_f32s(sums[0], sums[1]), simd.add_f32s(sums[2], sums[3]));
+        let tail: f32 = x_rest.iter().zip(w_rest).map(|(x, w)| x * w).sum();
+        simd.reduce_sum_f32s(sum) + tail
     }
-    out
+}
+
+/// Written with explicit vectors: the compiler does not keep eight sums in registers by itself.
+struct Dot4<'a> {
+    x: [&'a [f32]; 4],
+    w: &'a [f32],
+}
+
+impl pulp::WithSimd for Dot4<'_> {
+    type Output = [f32; 4];
+
+    #[inline(always)]
+    fn with_simd<S: pulp::Simd>(self, simd: S) -> [f32; 4] {
+        let (w, w_rest) = S::as_simd_f32s(self.w);
+        let [a, b, c, d] = self.x.map(S::as_simd_f32s);
+        let n = w.len();
+        let (a, b, c, d) = ((&a.0[..n], a.1), (&b.0[..n], b.1), (&c.0[..n], c.1), (&d.0[..n], d.1));
+        let mut sums = [simd.splat_f32s(0.0); 8];
+        let mut i = 0;
+        while i + 1 < n {
+            let (v, u) = (w[i], w[i + 1]);
+            sums[0] = simd.mul_add_f32s(a.0[i], v, sums[0]);
+            sums[1] = simd.mul_add_f32s(b.0[i], v, sums[1]);
+            sums[2] = simd.mul_add_f32s(c.0[i], v, sums[2]);
+            sums[3] = simd.mul_add_f32s(d.0[i], v, sums[3]);
+            sums[4] = simd.mul_add_f32s(a.0[i + 1], u, sums[4]);
+            sums[5] = simd.mul_add_f32s(b.0[i + 1], u, sums[5]);
+            sums[6] = simd.mul_add_f32s(c.0[i + 1], u, sums[6]);
+            sums[7] = simd.mul_add_f32s(d.0[i + 1], u, sums[7]);
+            i += 2;
+        }
+        if i < n {
+            sums[0] = simd.mul_add_f32s(a.0[i], w[i], sums[0]);
+            sums[1] = simd.mul_add_f32s(b.0[i], w[i], sums[1]);
+            sums[2] = simd.mul_add_f32s(c.0[i], w[i], sums[2]);
+            sums[3] = simd.mul_add_f32s(d.0[i], w[i], sums[3]);
+        }
+        let rest = [a.1, b.1, c.1, d.1];
+        std::array::from_fn(|r| {
+            let tail: f32 = rest[r].iter().zip(w_rest).map(|(x, w)| x * w).sum();
+            simd.reduce_sum_f32s(simd.add_f32s(sums[r], sums[r + 4])) + tail
+        })
+    }
 }
 
 /// Sum of `(x - mean) * y` in [`LANES`] partial sums.
@@ -335,8 +391,8 @@ pub(crate) fn sum_exp(f: Fma, x: &[f32], top: f32) -> f32 {
 }
 
 #[inline(always)]
-fn fold<const L: usize>(mut acc: [f32; L]) -> f32 {
-    let mut half = L / 2;
+fn fold(mut acc: [f32; LANES]) -> f32 {
+    let mut half = LANES / 2;
     while half > 0 {
         for l in 0..half {
             acc[l] += acc[l + half];
