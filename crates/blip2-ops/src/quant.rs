@@ -31,19 +31,15 @@ pub(crate) fn dequantize(dtype: GgmlDType, bytes: &[u8], out: &mut [f32]) {
                 };
             }
             match dtype {
-                GgmlDType::F16 => halves(
-                    bytes,
-                    out,
-                    #[inline(always)]
-                    |h| half_to_f32(h),
-                ),
+                GgmlDType::F16 => {
+                    for (h, y) in bytes.as_chunks::<2>().0.iter().zip(out) {
+                        *y = half_to_f32(u16::from_le_bytes(*h));
+                    }
+                }
                 GgmlDType::BF16 => {
-                    halves(
-                        bytes,
-                        out,
-                        #[inline(always)]
-                        |h| f32::from_bits(u32::from(h) << 16),
-                    );
+                    for (h, y) in bytes.as_chunks::<2>().0.iter().zip(out) {
+                        *y = f32::from_bits(u32::from(u16::from_le_bytes(*h)) << 16);
+                    }
                 }
                 GgmlDType::Q4_0 => blocks!(18, 32, q4_0),
                 GgmlDType::Q4_1 => blocks!(20, 32, q4_1),
@@ -81,13 +77,6 @@ fn half_to_f32(h: u16) -> f32 {
     // Infinity and NaN have all exponent bits set in both formats.
     let special = if h & 0x7C00 == 0x7C00 { 0x7F80_0000 } else { 0 };
     f32::from_bits(magnitude.to_bits() | special | (h & 0x8000) << 16)
-}
-
-#[inline(always)]
-fn halves(bytes: &[u8], out: &mut [f32], to_f32: impl Fn(u16) -> f32) {
-    for (b, y) in bytes.as_chunks::<2>().0.iter().zip(out) {
-        *y = to_f32(u16::from_le_bytes(*b));
-    }
 }
 
 #[inline(always)]
