@@ -3,7 +3,8 @@
 //! What fixes the bits: the cubic kernel with a = −0.5, stretched when shrinking so that every
 //! source pixel counts; weights rounded to 22 fractional bits; a horizontal pass to 8-bit pixels
 //! first (only over the rows the second pass will read), then a vertical pass; a pass that would
-//! change nothing is left out.
+//! change nothing is left out. This is Pillow up to version 12; 13.0 swaps the passes for pictures
+//! whose height shrinks much more than their width, where a few pixels then differ by some levels.
 //!
 //! ```text
 //! (h, w, 3) ─horizontal─▶ (rows needed, w', 3) ─vertical─▶ (h', w', 3)
