@@ -279,6 +279,12 @@ fn oriented(exif: Option<&[u8]>, pixels: Pixels) -> u16 {
 
 // ---------------------------------------------------------------- samples
 
+/// Runs `f` compiled for the widest SIMD this machine has (`f` must be `#[inline(always)]`).
+#[inline(always)]
+fn simd<R>(f: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(f)
+}
+
 /// Width and height that passed [`checked`].
 #[derive(Clone, Copy)]
 struct Sides {

@@ -15,9 +15,7 @@
 //! bytes ─markers, Huffman─▶ coefficients (i16, 64 a block) ─dequantise, IDCT─▶ one plane a component ─upsample, colour─▶ rows
 //! ```
 
-use pulp::Arch;
-
-use super::Fallible;
+use super::{Fallible, simd};
 
 /// Samples of one picture, row-major and interleaved.
 pub(super) struct Samples {
@@ -488,7 +486,6 @@ impl Picture {
         restart: usize,
     ) -> Fallible<()> {
         let (across, down, blocks) = self.layout(parts);
-        let arch = Arch::new();
         // Coefficients of one row of MCUs for each part.
         let mut rows: Vec<Vec<i16>> = Vec::with_capacity(parts.len());
         let mut tables = Vec::with_capacity(parts.len());
@@ -529,7 +526,10 @@ impl Picture {
                 let quant = self.quant[part.index].as_ref().ok_or("no quantisation table")?;
                 let size = rows[p].len();
                 let plane = &mut self.planes[part.index][my * size..(my + 1) * size];
-                arch.dispatch(|| inverse_rows(&rows[p], quant, stride, plane));
+                simd(
+                    #[inline(always)]
+                    || inverse_rows(&rows[p], quant, stride, plane),
+                );
             }
         }
         Ok(())
@@ -576,33 +576,39 @@ impl Picture {
         if let Some(missing) = self.seen.iter().position(|&s| !s) {
             return Err(format!("no data for component {missing}"));
         }
-        let arch = Arch::new();
         for (i, coefficients) in std::mem::take(&mut self.coefficients).into_iter().enumerate() {
             let quant = self.quant[i].as_ref().ok_or("no quantisation table")?;
             let stride = self.frame.components[i].across;
             let plane = &mut self.planes[i];
-            arch.dispatch(|| inverse_rows(&coefficients, quant, stride, plane));
+            simd(
+                #[inline(always)]
+                || inverse_rows(&coefficients, quant, stride, plane),
+            );
         }
         let (width, height) = (self.frame.width, self.frame.height);
         let channels = self.planes.len();
         let mut data = vec![0u8; width * height * channels];
-        arch.dispatch(
+        simd(
             #[inline(always)]
             || {
                 let mut up = Upsampler::new(&self.frame);
+                let mut rgb = [(); 3].map(|()| vec![0; width]);
                 for (y, out) in data.chunks_exact_mut(width * channels).enumerate() {
                     up.row(&self.frame, &self.planes, y);
+                    let line = |i| up.line(&self.frame, &self.planes, i, y);
                     match (channels, colour) {
-                        (1, _) => out.copy_from_slice(&up.rows[0][..width]),
-                        (3, Colour::Plain) => interleave::<3>(&up.rows, out),
+                        (1, _) => out.copy_from_slice(line(0)),
+                        (3, Colour::Plain) => interleave([line(0), line(1), line(2)], out),
                         (3, Colour::Ycc) => {
-                            ycc_to_rgb(&mut up.rows, width, 0);
-                            interleave::<3>(&up.rows, out);
+                            ycc_to_rgb([line(0), line(1), line(2)], &mut rgb, 0);
+                            interleave([&rgb[0], &rgb[1], &rgb[2]], out);
                         }
-                        (_, Colour::Plain) => interleave::<4>(&up.rows, out),
+                        (_, Colour::Plain) => {
+                            interleave([line(0), line(1), line(2), line(3)], out);
+                        }
                         (_, Colour::Ycc) => {
-                            ycc_to_rgb(&mut up.rows, width, 255);
-                            interleave::<4>(&up.rows, out);
+                            ycc_to_rgb([line(0), line(1), line(2)], &mut rgb, 255);
+                            interleave([&rgb[0], &rgb[1], &rgb[2], line(3)], out);
                         }
                     }
                 }
@@ -1136,7 +1142,16 @@ impl Upsampler {
         }
     }
 
-    /// Fills `rows` with row `y` of the picture.
+    /// Row `y` of component `i`, as wide as the picture; [`Upsampler::row`] made it.
+    #[inline(always)]
+    fn line<'a>(&'a self, frame: &Frame, planes: &'a [Vec<u8>], i: usize, y: usize) -> &'a [u8] {
+        match self.ways[i] {
+            Upsample::Full => &planes[i][y * frame.components[i].across * 8..][..frame.width],
+            _ => &self.rows[i][..frame.width],
+        }
+    }
+
+    /// Fills `rows` with row `y` of the picture, where it is not as stored.
     #[inline(always)]
     fn row(&mut self, frame: &Frame, planes: &[Vec<u8>], y: usize) {
         for (i, c) in frame.components.iter().enumerate() {
@@ -1148,7 +1163,7 @@ impl Upsampler {
             let far = far.min(c.height - 1);
             let out = &mut self.rows[i];
             match self.ways[i] {
-                Upsample::Full => out.copy_from_slice(line(y)),
+                Upsample::Full => {}
                 Upsample::Across => double_across(line(y), out),
                 Upsample::Down => {
                     let bias = if y.is_multiple_of(2) { 1 } else { 2 };
@@ -1201,31 +1216,32 @@ fn double_sums(from: &[u16], to: &mut [u8]) {
     to[2 * n - 1] = ((from[n - 1] * 4 + 7) >> 4) as u8;
 }
 
-/// Luma and chroma to red, green and blue in place, in 16-bit fixed point. `flip` is 255 when
-/// the result shall be cyan, magenta and yellow instead.
+/// Luma and chroma to red, green and blue, in 16-bit fixed point. `flip` is 255 when the result
+/// shall be cyan, magenta and yellow instead.
 #[inline(always)]
-fn ycc_to_rgb(rows: &mut [Vec<u8>], width: usize, flip: u8) {
-    let [y, cb, cr, ..] = rows else { return };
-    let (y, cb, cr) = (&mut y[..width], &mut cb[..width], &mut cr[..width]);
-    for i in 0..width {
-        let luma = i32::from(y[i]);
-        let (b, r) = (i32::from(cb[i]) - 128, i32::from(cr[i]) - 128);
-        let red = luma.wrapping_add(91881i32.wrapping_mul(r).wrapping_add(32768) >> 16);
-        let green =
-            32768i32.wrapping_sub(22554i32.wrapping_mul(b)).wrapping_sub(46802i32.wrapping_mul(r));
-        let green = luma.wrapping_add(green >> 16);
-        let blue = luma.wrapping_add(116130i32.wrapping_mul(b).wrapping_add(32768) >> 16);
-        y[i] = red.clamp(0, 255) as u8 ^ flip;
-        cb[i] = green.clamp(0, 255) as u8 ^ flip;
-        cr[i] = blue.clamp(0, 255) as u8 ^ flip;
+fn ycc_to_rgb([y, cb, cr]: [&[u8]; 3], rgb: &mut [Vec<u8>; 3], flip: u8) {
+    let [r, g, b] = rgb;
+    let stored = y.iter().zip(cb).zip(cr);
+    let shown = r.iter_mut().zip(g).zip(b);
+    for (((&y, &cb), &cr), ((r, g), b)) in stored.zip(shown) {
+        let luma = i32::from(y);
+        let (blue, red) = (i32::from(cb) - 128, i32::from(cr) - 128);
+        let green = 32768i32
+            .wrapping_sub(22554i32.wrapping_mul(blue))
+            .wrapping_sub(46802i32.wrapping_mul(red));
+        let red = 91881i32.wrapping_mul(red).wrapping_add(32768);
+        let blue = 116_130i32.wrapping_mul(blue).wrapping_add(32768);
+        *r = luma.wrapping_add(red >> 16).clamp(0, 255) as u8 ^ flip;
+        *g = luma.wrapping_add(green >> 16).clamp(0, 255) as u8 ^ flip;
+        *b = luma.wrapping_add(blue >> 16).clamp(0, 255) as u8 ^ flip;
     }
 }
 
 #[inline(always)]
-fn interleave<const N: usize>(rows: &[Vec<u8>], out: &mut [u8]) {
-    for (x, pixel) in out.as_chunks_mut::<N>().0.iter_mut().enumerate() {
-        for c in 0..N {
-            pixel[c] = rows[c][x];
-        }
+fn interleave<const N: usize>(rows: [&[u8]; N], out: &mut [u8]) {
+    let pixels = out.as_chunks_mut::<N>().0;
+    let rows = rows.map(|row| &row[..pixels.len()]);
+    for (x, pixel) in pixels.iter_mut().enumerate() {
+        *pixel = rows.map(|row| row[x]);
     }
 }
