@@ -173,7 +173,13 @@ fn weighed<const N: usize>(rows: &[u8], line: usize, at: usize, weights: &[i32])
             sums[n] = multiplied(sums[n], &row[n], &[weight; 8]);
         }
     }
-    sums.map(|sums| sums.map(pixel))
+    let mut out = [[0; 8]; N];
+    for n in 0..N {
+        for i in 0..8 {
+            out[n][i] = pixel(sums[n][i]);
+        }
+    }
+    out
 }
 
 /// Eight sums with eight weighted values added.
