@@ -211,7 +211,9 @@ impl Llama {
         let flat: Vec<u32> = ids.flatten_all()?.to_vec1()?;
         let vocab = self.config.vocab_size;
         if let Some(id) = flat.iter().find(|id| **id as usize >= vocab) {
-            return Err(Error::Config(format!("token id {id} is outside the vocabulary of {vocab}")));
+            return Err(Error::Config(format!(
+                "token id {id} is outside the vocabulary of {vocab}"
+            )));
         }
         Ok(self.embeddings.rows(&flat)?.reshape((b, t, self.config.width))?)
     }

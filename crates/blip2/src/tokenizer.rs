@@ -166,9 +166,7 @@ impl Tokenizer {
         }
         let pre: PreTokenizerWrapper = match meta.string("tokenizer.ggml.pre")? {
             // Digits one by one, then GPT-2's own pattern.
-            "smollm" => {
-                Sequence::new(vec![Digits::new(true).into(), byte_level().into()]).into()
-            }
+            "smollm" => Sequence::new(vec![Digits::new(true).into(), byte_level().into()]).into(),
             "gpt-2" | "default" => byte_level().into(),
             other => {
                 return Err(Error::Tokenizer(format!(
@@ -250,8 +248,8 @@ impl Tokenizer {
     pub fn encode_batch<S: AsRef<str>>(
         &self,
         texts: &[S],
-        special: bool,
         padding: Padding,
+        special: bool,
     ) -> Result<TextBatch> {
         let around = if special { self.prefix.len() + self.suffix.len() } else { 0 };
         if padding.max_len <= around {
