@@ -67,7 +67,10 @@ def processed():
     """Logits through transformers' processors, alone and in the order generate applies them."""
     generator = torch.Generator().manual_seed(61)
     logits, ids = 3 * torch.randn(4, 67, generator=generator), torch.randint(0, 67, (4, 6), generator=generator)
-    logits[3, 10:20] = 2.5  # ties
+    logits[3] /= 3
+    # Three large values, then ten equal ones: top-k must cut there, top-p must not (which of them falls is left to the sort).
+    logits[3, [5, 33, 60]] = torch.tensor([6.5, 7.0, 6.0])
+    logits[3, 10:20] = 2.5
     chains = {"temperature_0.7": [TemperatureLogitsWarper(0.7)], "temperature_1.5": [TemperatureLogitsWarper(1.5)],
               "top_k_5": [TopKLogitsWarper(5)], "top_k_500": [TopKLogitsWarper(500)], "top_k_1_keep_2": [TopKLogitsWarper(1, min_tokens_to_keep=2)],
               "repetition_1.3": [RepetitionPenaltyLogitsProcessor(1.3)],

@@ -39,7 +39,7 @@ class LlmTokenizer:
 def language_model(path):
     """The `small` model of llama_tiny.safetensors, frozen."""
     with safe_open(path, "pt") as file:
-        shape = json.loads(file.metadata()["shape"])
+        shape = json.loads(file.metadata()["golden"])["shape"]
         weights = {k.removeprefix("small."): file.get_tensor(k) for k in file.keys() if k.startswith("small.")}
     shape.pop("head_dim")
     model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, pad_token_id=None, **shape)).eval()

@@ -136,8 +136,10 @@ impl Checkpoints {
         weights: &BTreeMap<String, Tensor>,
         optimizer: &BTreeMap<String, Tensor>,
     ) -> Result<PathBuf> {
-        let json = serde_json::to_vec_pretty(state).map_err(|err| Error::Checkpoint(err.to_string()))?;
-        let files = [(WEIGHTS, serialize(weights)?), (OPTIMIZER, serialize(optimizer)?), (STATE, json)];
+        let json =
+            serde_json::to_vec_pretty(state).map_err(|err| Error::Checkpoint(err.to_string()))?;
+        let files =
+            [(WEIGHTS, serialize(weights)?), (OPTIMIZER, serialize(optimizer)?), (STATE, json)];
         let path = self.save_files(state.step, &files, |file, bytes| file.write_all(bytes))?;
         self.prune(state.step);
         Ok(path)
@@ -216,7 +218,9 @@ impl Checkpoints {
         let mut all = Vec::new();
         for entry in fs::read_dir(&self.dir).map_err(Error::io(&self.dir))? {
             let path = entry.map_err(Error::io(&self.dir))?.path();
-            let step = path.file_name().and_then(|name| name.to_str()?.strip_prefix("step-")?.parse().ok());
+            let step = path
+                .file_name()
+                .and_then(|name| name.to_str()?.strip_prefix("step-")?.parse().ok());
             if let Some(step) = step {
                 all.push((step, path));
             }
@@ -262,13 +266,23 @@ fn load(path: &Path, step: u64) -> Result<Loaded> {
     let manifest: Manifest = serde_json::from_slice(&read(MANIFEST)?)
         .map_err(|err| damaged(format!("{MANIFEST} can't be read: {err}")))?;
     if manifest.format != FORMAT {
-        return Err(damaged(format!("{MANIFEST} has format {}, this program reads {FORMAT}", manifest.format)));
+        return Err(damaged(format!(
+            "{MANIFEST} has format {}, this program reads {FORMAT}",
+            manifest.format
+        )));
     }
     let checked = |name: &str| -> Result<Vec<u8>> {
-        let entry = manifest.files.get(name).ok_or_else(|| damaged(format!("{MANIFEST} does not list {name}")))?;
+        let entry = manifest
+            .files
+            .get(name)
+            .ok_or_else(|| damaged(format!("{MANIFEST} does not list {name}")))?;
         let bytes = read(name)?;
         if bytes.len() as u64 != entry.bytes {
-            return Err(damaged(format!("{name} has {} bytes instead of {}", bytes.len(), entry.bytes)));
+            return Err(damaged(format!(
+                "{name} has {} bytes instead of {}",
+                bytes.len(),
+                entry.bytes
+            )));
         }
         if sha256(&bytes) != entry.sha256 {
             return Err(damaged(format!("the sha256 of {name} is not the manifest's")));
@@ -278,13 +292,21 @@ fn load(path: &Path, step: u64) -> Result<Loaded> {
     let state: TrainState = serde_json::from_slice(&checked(STATE)?)
         .map_err(|err| damaged(format!("{STATE} can't be read: {err}")))?;
     if state.step != step {
-        return Err(damaged(format!("{STATE} is of step {}, the folder's name says {step}", state.step)));
+        return Err(damaged(format!(
+            "{STATE} is of step {}, the folder's name says {step}",
+            state.step
+        )));
     }
     let tensors = |name: &str| -> Result<BTreeMap<String, Tensor>> {
         let tensors = candle_core::safetensors::load_buffer(&checked(name)?, &Device::Cpu)?;
         Ok(tensors.into_iter().collect())
     };
-    Ok(Loaded { path: path.to_path_buf(), state, weights: tensors(WEIGHTS)?, optimizer: tensors(OPTIMIZER)? })
+    Ok(Loaded {
+        path: path.to_path_buf(),
+        state,
+        weights: tensors(WEIGHTS)?,
+        optimizer: tensors(OPTIMIZER)?,
+    })
 }
 
 /// Writes `tensors` as one safetensors file that appears whole or not at all; returns its sha256 in hex.
@@ -344,7 +366,8 @@ fn write_folder(
         let entry = Entry { bytes: bytes.len() as u64, sha256: sha256(bytes) };
         manifest.files.insert((*name).to_owned(), entry);
     }
-    let json = serde_json::to_vec_pretty(&manifest).map_err(|err| Error::Checkpoint(err.to_string()))?;
+    let json =
+        serde_json::to_vec_pretty(&manifest).map_err(|err| Error::Checkpoint(err.to_string()))?;
     put(MANIFEST, &json)?;
     sync_folder(dir)
 }
@@ -379,7 +402,10 @@ mod tests {
     }
 
     fn tensors(value: f32) -> BTreeMap<String, Tensor> {
-        BTreeMap::from([("a.weight".to_owned(), Tensor::full(value, (2, 3), &Device::Cpu).unwrap())])
+        BTreeMap::from([(
+            "a.weight".to_owned(),
+            Tensor::full(value, (2, 3), &Device::Cpu).unwrap(),
+        )])
     }
 
     #[test]
@@ -401,8 +427,10 @@ mod tests {
                 })
                 .unwrap_err();
             assert!(matches!(err, Error::Io { .. }), "{err}");
-            let names: Vec<_> =
-                fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+            let names: Vec<_> = fs::read_dir(dir.path())
+                .unwrap()
+                .map(|e| e.unwrap().file_name().into_string().unwrap())
+                .collect();
             assert_eq!(names, ["step-00000001"]);
             assert_eq!(store.latest().unwrap().newest.unwrap().state, state(1));
         }

@@ -327,8 +327,8 @@ impl<'a, T: Task> Trainer<'a, T> {
         } else {
             self.resume(monitor)?;
         }
-        let json = serde_json::to_vec_pretty(self.recipe)
-            .map_err(|err| Error::Recipe(err.to_string()))?;
+        let json =
+            serde_json::to_vec_pretty(self.recipe).map_err(|err| Error::Recipe(err.to_string()))?;
         if self.is_writer() {
             write_atomic(&self.run.dir.join("recipe.json"), &json)?;
         }
@@ -417,7 +417,8 @@ impl<'a, T: Task> Trainer<'a, T> {
                 if !last && self.step.is_multiple_of(runtime.checkpoint_every) {
                     // A full disk should not end a run of days: the older checkpoints are still there.
                     if let Err(err) = self.save() {
-                        monitor.note(&format!("warning: no checkpoint at step {}: {err}", self.step));
+                        monitor
+                            .note(&format!("warning: no checkpoint at step {}: {err}", self.step));
                     }
                 }
             }
@@ -490,7 +491,8 @@ impl<'a, T: Task> Trainer<'a, T> {
     ) -> Result<()> {
         self.skipped += 1;
         self.skipped_in_row += 1;
-        let text = format!("step {}: loss {loss}, gradient norm {norm}, parts {parts:?}", self.step);
+        let text =
+            format!("step {}: loss {loss}, gradient norm {norm}, parts {parts:?}", self.step);
         if self.skipped_in_row >= self.recipe.train.stop_after_nonfinite {
             return Err(Error::Training(format!(
                 "{} steps in a row were not finite; the last: {text}",

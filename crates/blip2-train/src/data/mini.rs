@@ -1,0 +1,503 @@
+//! The mini set: single pictures from packages and scenes composed of them, in three splits.
+//!
+//! packages → pictures with phrases → duplicates out → splits by concept → singles and scenes → shards.
+//! A function of (packages, config): threads only change how long it takes. Needs about 1.5 GB of memory;
+//! [`MiniConfig::tiny`] needs neither packages nor memory, its scenes are plain shapes.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use image::{RgbImage, RgbaImage};
+use rayon::prelude::*;
+use serde::Serialize;
+
+use super::filter::{self, Look, Split};
+use super::package::{self, Origin};
+use super::paint::{self, Background, Shape};
+use super::rng::{Rng, hash_str};
+use super::sample::{Meta, QuestionAnswer, Sample};
+use super::scenes::{self, Pool, Sprite};
+use super::shards::{ShardWriter, Written};
+use super::sources::{self, LeftOut, Picture, Style};
+use super::text;
+use crate::{Error, Result};
+
+/// What to build.
+#[derive(Clone, Debug)]
+pub struct MiniConfig {
+    /// The folder that gets the shards and `mini.json`.
+    pub out: PathBuf,
+    /// Where packages come from; `None` builds scenes of plain shapes only.
+    pub packages: Option<Origin>,
+    /// Decides splits, scenes, backgrounds.
+    pub seed: u64,
+    /// Scenes per split: train, val, test.
+    pub scenes: [usize; 3],
+    /// Side of the square pictures, pixels.
+    pub side: u32,
+    /// Samples per shard.
+    pub per_shard: usize,
+}
+
+impl MiniConfig {
+    /// The set that the mini model is trained on.
+    pub fn full(out: &Path, packages: Origin) -> Self {
+        Self {
+            out: out.to_path_buf(),
+            packages: Some(packages),
+            seed: 1,
+            scenes: [12_000, 300, 800],
+            side: 256,
+            per_shard: 2048,
+        }
+    }
+
+    /// `n` training samples of plain shapes, an eighth as many to validate and to test: no packages.
+    pub fn tiny(out: &Path, n: usize) -> Self {
+        let part = (n / 8).max(1);
+        let scenes = [n, part, part];
+        Self { out: out.to_path_buf(), packages: None, seed: 1, scenes, side: 128, per_shard: 256 }
+    }
+}
+
+/// A package that went in.
+#[derive(Clone, Debug, Serialize)]
+pub struct PackageReport {
+    /// Its name.
+    pub name: String,
+    /// Its version.
+    pub version: String,
+    /// SHA-256 of the archive.
+    pub sha256: String,
+    /// The licence of its pictures.
+    pub licence: String,
+    /// Whom to name.
+    pub attribution: String,
+}
+
+/// One shard.
+#[derive(Clone, Debug, Serialize)]
+pub struct ShardReport {
+    /// File name.
+    pub name: String,
+    /// Samples in it.
+    pub samples: usize,
+    /// Bytes.
+    pub bytes: u64,
+    /// SHA-256.
+    pub sha256: String,
+}
+
+/// What was built: `mini.json`.
+#[derive(Clone, Debug, Serialize)]
+pub struct MiniReport {
+    /// The seed.
+    pub seed: u64,
+    /// Split → source → samples.
+    pub counts: BTreeMap<String, BTreeMap<String, usize>>,
+    /// Split → concepts of its single pictures.
+    pub concepts: BTreeMap<String, usize>,
+    /// Split → share of its single pictures whose head noun is in the captions of train's.
+    pub known_nouns: BTreeMap<String, f64>,
+    /// Split → captions that differ.
+    pub distinct_captions: BTreeMap<String, usize>,
+    /// Pictures left out, by reason.
+    pub left_out: BTreeMap<String, usize>,
+    /// Packages, licences, whom to name.
+    pub packages: Vec<PackageReport>,
+    /// The shards.
+    pub shards: Vec<ShardReport>,
+}
+
+/// A picture, ready to be composed.
+struct Ready {
+    key: String,
+    phrase: String,
+    concept: String,
+    noun: String,
+    package: &'static package::Package,
+    style: Style,
+    /// Trimmed, at most [`CUTOUT`] px.
+    cutout: RgbaImage,
+    /// Opaque in a rectangle: a photograph or drawing with its own background.
+    framed: bool,
+    look: Look,
+}
+
+/// The longer side of a cut-out that is kept in memory.
+const CUTOUT: u32 = 208;
+
+/// Builds the set. `say` is told what goes on.
+///
+/// # Errors
+/// A package that can't be had or read (named, with the remedy); the disk.
+pub fn build(config: &MiniConfig, say: &dyn Fn(&str)) -> Result<MiniReport> {
+    if config.side < 32 || config.side > 1024 {
+        return Err(Error::Data(format!("side {} is not in 32..=1024", config.side)));
+    }
+    let mut left_out = LeftOut::new();
+    let ready = match &config.packages {
+        Some(origin) => prepare(load(origin, &mut left_out, say)?, &mut left_out, say),
+        None => Vec::new(),
+    };
+    let (ready, near) = drop_duplicates(ready, &mut left_out);
+    let items: Vec<filter::Item<'_>> =
+        ready.iter().map(|r| filter::Item { concept: &r.concept, noun: &r.noun }).collect();
+    let splits = filter::split(&items, &near, config.seed);
+
+    let mut report = MiniReport {
+        seed: config.seed,
+        counts: BTreeMap::new(),
+        concepts: BTreeMap::new(),
+        known_nouns: BTreeMap::new(),
+        distinct_captions: BTreeMap::new(),
+        left_out: left_out.iter().map(|(why, n)| ((*why).to_owned(), *n)).collect(),
+        packages: Vec::new(),
+        shards: Vec::new(),
+    };
+    if config.packages.is_some() {
+        report.packages = package::PACKAGES.iter().map(package_report).collect();
+    }
+    let known: BTreeSet<&str> = of_split(&ready, &splits, Split::Train).map(|r| r.noun.as_str()).collect();
+    for split in Split::ALL {
+        say(&format!("{}: composing", split.name()));
+        write_split(config, split, &ready, &splits, &known, &mut report)?;
+    }
+    let json = serde_json::to_vec_pretty(&report).map_err(|e| Error::Data(format!("report: {e}")))?;
+    write_whole(&config.out, "mini.json", &json)?;
+    Ok(report)
+}
+
+fn of_split<'a>(
+    ready: &'a [Ready],
+    splits: &'a [Split],
+    split: Split,
+) -> impl Iterator<Item = &'a Ready> {
+    ready.iter().zip(splits).filter(move |(_, s)| **s == split).map(|(r, _)| r)
+}
+
+fn package_report(p: &package::Package) -> PackageReport {
+    PackageReport {
+        name: p.name.into(),
+        version: p.version.into(),
+        sha256: p.sha256.into(),
+        licence: p.licence.into(),
+        attribution: p.attribution.into(),
+    }
+}
+
+/// Writes a file whole or not at all.
+fn write_whole(folder: &Path, name: &str, bytes: &[u8]) -> Result<()> {
+    use std::io::Write as _;
+    let path = folder.join(name);
+    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(Error::io(folder))?;
+    file.write_all(bytes).map_err(Error::io(&path))?;
+    file.as_file().sync_all().map_err(Error::io(&path))?;
+    super::shards::make_readable(&file).map_err(Error::io(&path))?;
+    file.persist(&path).map_err(|e| e.error).map_err(Error::io(&path))?;
+    Ok(())
+}
+
+// ---------------------------------------------------------------------------------------------
+// Pictures
+
+fn load(origin: &Origin, left_out: &mut LeftOut, say: &dyn Fn(&str)) -> Result<Vec<Picture>> {
+    let mut paths = Vec::new();
+    for package in &package::PACKAGES {
+        paths.push(package::archive(package, origin, say)?);
+    }
+    let [tux, png, svg, fluent, noto, twemoji] = paths.as_slice() else {
+        return Err(Error::Data("six packages are needed".into()));
+    };
+    say("reading Tux Paint stamps");
+    let mut pictures = sources::tux_paint(tux, left_out)?;
+    say("reading Open Clip Art");
+    pictures.extend(sources::open_clip_art(png, svg, left_out)?);
+    say("reading emoji");
+    pictures.extend(sources::emoji(fluent, noto, twemoji, left_out)?);
+    Ok(pictures)
+}
+
+fn prepare(pictures: Vec<Picture>, left_out: &mut LeftOut, say: &dyn Fn(&str)) -> Vec<Ready> {
+    say(&format!("decoding {} pictures", pictures.len()));
+    let made: Vec<std::result::Result<Ready, &'static str>> =
+        pictures.into_par_iter().map(|p| prepare_one(&p)).collect();
+    let mut ready = Vec::new();
+    for item in made {
+        match item {
+            Ok(r) => ready.push(r),
+            Err(why) => *left_out.entry(why).or_default() += 1,
+        }
+    }
+    ready
+}
+
+fn prepare_one(picture: &Picture) -> std::result::Result<Ready, &'static str> {
+    let decoded = paint::decode(&picture.bytes).map_err(|_| "pictures that can't be decoded")?;
+    let trimmed = paint::trim(&decoded).ok_or("blank pictures")?;
+    let (w, h) = trimmed.dimensions();
+    if w.max(h) < 24 || w.max(h) > 8 * w.min(h) {
+        return Err("tiny pictures and long strips");
+    }
+    let cutout =
+        if w.max(h) > CUTOUT { paint::fit(&trimmed, CUTOUT) } else { trimmed };
+    let covered = paint::coverage(&cutout);
+    if covered < 0.02 {
+        return Err("blank pictures");
+    }
+    let phrase = text::pre_caption(&picture.phrase, 20);
+    let short = match picture.package.name {
+        "tuxpaint-stamps-default" => "tux",
+        "openclipart-png" => "clip",
+        "@lobehub/fluent-emoji-3d" => "fluent",
+        "emoji-datasource-google" => "noto",
+        _ => "twemoji",
+    };
+    Ok(Ready {
+        key: format!("{short}-{:016x}", hash_str(&picture.name)),
+        concept: text::concept(&phrase),
+        noun: text::head_noun(&phrase),
+        phrase,
+        package: picture.package,
+        style: picture.style,
+        framed: covered > 0.97,
+        look: filter::look(&cutout),
+        cutout,
+    })
+}
+
+/// Drops pictures that are there already; lists pairs of those left that look alike.
+fn drop_duplicates(ready: Vec<Ready>, left_out: &mut LeftOut) -> (Vec<Ready>, Vec<(usize, usize)>) {
+    let same_of: Vec<Option<usize>> = ready
+        .par_iter()
+        .enumerate()
+        .map(|(i, r)| ready[..i].iter().position(|earlier| earlier.look.same(&r.look)))
+        .collect();
+    let mut kept = Vec::new();
+    for (r, same) in ready.into_iter().zip(same_of) {
+        if same.is_some() {
+            *left_out.entry("the same picture again").or_default() += 1;
+        } else {
+            kept.push(r);
+        }
+    }
+    let near: Vec<(usize, usize)> = kept
+        .par_iter()
+        .enumerate()
+        .flat_map_iter(|(i, r)| {
+            let earlier = kept[..i].iter().enumerate();
+            earlier.filter(|(_, e)| e.look.near(&r.look)).map(move |(j, _)| (j, i)).collect::<Vec<_>>()
+        })
+        .collect();
+    (kept, near)
+}
+
+// ---------------------------------------------------------------------------------------------
+// Samples
+
+/// Colours and shapes of a split: combinations, so that each colour and each shape is in train.
+fn shapes_of(split: Split) -> Vec<(&'static str, Shape)> {
+    let mut out = Vec::new();
+    for (c, (colour, _)) in paint::COLOURS.iter().enumerate() {
+        for (s, shape) in Shape::ALL.into_iter().enumerate() {
+            let home = match (c + 3 * s) % 8 {
+                0 => Split::Test,
+                4 => Split::Val,
+                _ => Split::Train,
+            };
+            // White on white is no scene.
+            if home == split && *colour != "white" {
+                out.push((*colour, shape));
+            }
+        }
+    }
+    out
+}
+
+fn pool_of(ready: &[Ready], splits: &[Split], split: Split) -> Pool {
+    let sprites = of_split(ready, splits, split)
+        .filter(|r| text::is_plain_thing(&r.phrase) && !r.framed)
+        .filter(|r| !r.noun.ends_with("face") && r.cutout.width().max(r.cutout.height()) >= 48)
+        .filter(|r| paint::coverage(&r.cutout) > 0.2)
+        .map(|r| {
+            let says_colour = r.concept.split(' ').any(|w| paint::COLOURS.iter().any(|(n, _)| *n == w));
+            Sprite {
+                name: r.concept.clone(),
+                colour: paint::dominant_colour(&r.cutout).filter(|_| !says_colour),
+                cutout: r.cutout.clone(),
+                licence: r.package.licence,
+            }
+        })
+        .collect();
+    Pool::new(sprites, shapes_of(split))
+}
+
+/// One sample to make.
+#[derive(Clone, Copy)]
+enum Job {
+    /// Picture `usize`, on white.
+    Single(usize),
+    /// Picture `usize`, on a background.
+    Placed(usize),
+    /// Scene number `usize`.
+    Scene(usize),
+}
+
+fn jobs(config: &MiniConfig, ready: &[Ready], splits: &[Split], split: Split) -> Vec<Job> {
+    let mut jobs = Vec::new();
+    for (i, r) in ready.iter().enumerate().filter(|(i, _)| splits[*i] == split) {
+        // Outside train a picture comes once, mostly as it is.
+        let placed = !r.framed && hash_str(&r.key) % 10 < 3;
+        match split {
+            Split::Train => {
+                jobs.push(Job::Single(i));
+                if !r.framed {
+                    jobs.push(Job::Placed(i));
+                }
+            }
+            _ if placed => jobs.push(Job::Placed(i)),
+            _ => jobs.push(Job::Single(i)),
+        }
+    }
+    jobs.extend((0..config.scenes[split as usize]).map(Job::Scene));
+    Rng::new(&[config.seed, split as u64, 0x6f72_6465_7200]).shuffle(&mut jobs);
+    jobs
+}
+
+fn write_split(
+    config: &MiniConfig,
+    split: Split,
+    ready: &[Ready],
+    splits: &[Split],
+    known: &BTreeSet<&str>,
+    report: &mut MiniReport,
+) -> Result<()> {
+    let pool = pool_of(ready, splits, split);
+    let jobs = jobs(config, ready, splits, split);
+    if jobs.is_empty() {
+        return Err(Error::Data(format!("{}: nothing to write", split.name())));
+    }
+    let mut writer = ShardWriter::new(&config.out, split.name(), config.per_shard)?;
+    let counts = report.counts.entry(split.name().into()).or_default();
+    let mut captions = BTreeSet::new();
+    for chunk in jobs.chunks(256) {
+        // Made in parallel, written in order.
+        let samples: Vec<Result<Sample>> =
+            chunk.par_iter().map(|job| make(config, split, *job, ready, &pool)).collect();
+        for sample in samples {
+            let sample = sample?;
+            writer.write(&sample)?;
+            *counts.entry(sample.meta.source.clone()).or_default() += 1;
+            captions.insert(sample.meta.caption);
+        }
+    }
+    let shard = |w: Written| ShardReport {
+        name: w.name,
+        samples: w.samples,
+        bytes: w.bytes,
+        sha256: w.sha256,
+    };
+    report.shards.extend(writer.finish()?.into_iter().map(shard));
+    let concepts: BTreeSet<&str> = of_split(ready, splits, split).map(|r| r.concept.as_str()).collect();
+    let all = of_split(ready, splits, split).count().max(1);
+    let knows = of_split(ready, splits, split).filter(|r| known.contains(r.noun.as_str())).count();
+    report.concepts.insert(split.name().into(), concepts.len());
+    report.known_nouns.insert(split.name().into(), knows as f64 / all as f64);
+    report.distinct_captions.insert(split.name().into(), captions.len());
+    Ok(())
+}
+
+fn make(config: &MiniConfig, split: Split, job: Job, ready: &[Ready], pool: &Pool) -> Result<Sample> {
+    let (key, canvas, meta) = match job {
+        Job::Single(i) => {
+            let r = &ready[i];
+            (r.key.clone(), on_white(&r.cutout, config.side), single_meta(r, None))
+        }
+        Job::Placed(i) => {
+            let r = &ready[i];
+            let mut rng = Rng::new(&[config.seed, hash_str(&r.key), 2]);
+            let (canvas, background) = on_background(&r.cutout, config.side, &mut rng);
+            (format!("{}-b", r.key), canvas, single_meta(r, Some(background)))
+        }
+        Job::Scene(n) => {
+            let key = [config.seed, split as u64, n as u64, 3];
+            let scene = scenes::compose(&key, pool, config.side);
+            (format!("scene-{}-{n:06}", split.name()), scene.canvas, scene.meta)
+        }
+    };
+    let image = paint::jpeg(&canvas)?;
+    Ok(Sample { key, extension: "jpg".into(), image, meta })
+}
+
+/// The whole picture, centred on white with a small margin.
+fn on_white(cutout: &RgbaImage, side: u32) -> RgbImage {
+    let mut canvas = RgbImage::from_pixel(side, side, image::Rgb([255; 3]));
+    let fitted = paint::fit(cutout, side * 15 / 16);
+    let (x, y) = ((side - fitted.width()) / 2, (side - fitted.height()) / 2);
+    paint::paste(&mut canvas, &fitted, i64::from(x), i64::from(y));
+    canvas
+}
+
+/// Somewhere on a background that it stands out from.
+fn on_background(cutout: &RgbaImage, side: u32, rng: &mut Rng) -> (RgbImage, Background) {
+    let mean = paint::mean_colour(cutout);
+    let mut background = Background::Blur;
+    for _ in 0..6 {
+        let candidate = Background::draw(rng);
+        let clear = match candidate {
+            Background::Plain("white") => false,
+            Background::Plain(name) => paint::COLOURS.iter().any(|(n, v)| {
+                *n == name && (0..3).map(|c| (mean[c] - f64::from(v[c])).abs()).sum::<f64>() > 110.0
+            }),
+            _ => true,
+        };
+        if clear {
+            background = candidate;
+            break;
+        }
+    }
+    let mut canvas = background.paint(side, rng);
+    let long = (rng.range(0.55, 0.9) * f64::from(side)) as u32;
+    let fitted = paint::fit(cutout, long);
+    let (free_x, free_y) = (side - fitted.width(), side - fitted.height());
+    let x = (f64::from(free_x) * rng.range(0.2, 0.8)) as i64;
+    let y = (f64::from(free_y) * rng.range(0.3, 0.9)) as i64;
+    paint::paste(&mut canvas, &fitted, x, y);
+    (canvas, background)
+}
+
+/// Captions of a single picture: the phrase, and how a person might also put it.
+fn single_meta(r: &Ready, background: Option<Background>) -> Meta {
+    let place = background.and_then(Background::phrase);
+    let mut captions = Vec::new();
+    if let Some(place) = &place {
+        captions.push(format!("{} {place}", r.phrase));
+    }
+    captions.push(r.phrase.clone());
+    let kind = match r.style {
+        Style::Photo => "a picture of",
+        Style::Drawing => "a drawing of",
+        Style::Emoji => "an emoji of",
+    };
+    captions.push(format!("{kind} {}", r.phrase));
+    let answer = r.phrase.clone();
+    let mut qa = vec![QuestionAnswer { question: "what is this?".into(), answer }];
+    if let (Some(place), Some(Background::Plain(colour))) = (&place, background) {
+        let question = "what color is the background?".into();
+        debug_assert!(place.contains(colour));
+        qa.push(QuestionAnswer { question, answer: colour.into() });
+    }
+    let words = |side: &str| r.phrase.split(' ').any(|w| w == side);
+    Meta {
+        caption: captions[0].clone(),
+        captions,
+        qa,
+        concept: r.concept.clone(),
+        source: r.package.name.into(),
+        licence: r.package.licence.into(),
+        // Pictures of one concept share captions: they are positives of one another, not negatives.
+        image_id: Some(hash_str(&r.concept) >> 12),
+        noun: Some(r.noun.clone()),
+        flip: !(words("left") || words("right")),
+    }
+}
