@@ -529,15 +529,16 @@ fn no_end_token_before_the_minimum_and_none_after_the_maximum() {
     }
 }
 
+/// While some id is still unused, of 40 a few always have a positive logit.
 #[test]
 fn a_great_repetition_penalty_forbids_repetition() {
     let options =
-        Options { repetition_penalty: 1e6, eos: vec![], max_new_tokens: 10, ..Options::default() };
-    for found in run(11, &[1, 2, 3], &options) {
+        Options { repetition_penalty: 1e6, max_new_tokens: 8, eos: vec![], ..Options::default() };
+    for found in run(40, &(0..20).collect::<Vec<_>>(), &options) {
         let mut tokens = found[0].tokens.clone();
         tokens.sort_unstable();
         tokens.dedup();
-        assert_eq!(tokens.len(), 10);
+        assert_eq!(tokens.len(), 8);
     }
 }
 
@@ -796,7 +797,7 @@ fn word_pieces() {
     assert_eq!(encode("A dog, cats."), [5, 6, 12, 7, 8, 11]);
     assert_eq!(encode("RUNNING  Café\n中中"), [14, 15, 16, 13, 13]);
     assert_eq!(encode("zebra dog's"), [1, 6, 9, 10]);
-    assert_eq!(encode(""), []);
+    assert!(encode("").is_empty());
     assert_eq!(tokenizer.encode("a dog", true).unwrap(), [2, 5, 6, 3]);
     let ids = tokenizer.encode("The dog's cats, running.", true).unwrap();
     assert_eq!(tokenizer.decode(&ids, true).unwrap(), "dog's cats, running.");
@@ -955,10 +956,10 @@ fn smollm2_numbers_and_texts_are_transformers() {
     assert_close(&x.squeeze(0).unwrap(), &golden["embedded"], 1e-6);
     let visible = all_visible(1, prompt.len());
     let hidden = llm.hidden(&x, &visible, None).unwrap().squeeze(0).unwrap();
-    assert_close(&hidden, &golden["final_norm"], 1e-4);
+    assert_close(&hidden, &golden["final_norm"], 1e-5);
     let last = hidden.narrow(0, prompt.len() - 1, 1).unwrap();
     let logits = llm.logits(&last).unwrap().squeeze(0).unwrap();
-    assert_close(&logits, &golden["last_logits"], 1e-4);
+    assert_close(&logits, &golden["last_logits"], 1e-5);
 
     let texts = |strategy, num_return| {
         let options = Options {
@@ -983,6 +984,6 @@ fn smollm2_numbers_and_texts_are_transformers() {
         let mut padded = beam.tokens.clone();
         padded.resize(width, 2);
         assert_eq!(padded, tokens);
-        assert!((beam.score - score).abs() < 1e-4, "{} for {score}", beam.score);
+        assert!((beam.score - score).abs() < 2e-5, "{} for {score}", beam.score);
     }
 }
