@@ -52,28 +52,12 @@ pub struct TrainState {
     pub seed: u64,
     /// Processes that trained together.
     pub world: usize,
-    /// The sums that the next report will be made of.
-    pub window: WindowState,
     /// Hash of the part of the recipe that decides the numbers.
     pub recipe_hash: String,
     /// The recipe itself, to tell what differs.
     pub recipe: serde_json::Value,
     /// Hash of the training data.
     pub data_hash: String,
-}
-
-/// Sums since the last report, as the bits of f64: a resumed run reports the same means.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct WindowState {
-    /// Steps in the sums.
-    pub counted: u64,
-    /// Of the loss.
-    pub loss: u64,
-    /// Of the gradient's norm.
-    pub norm: u64,
-    /// Of the loss's parts.
-    pub parts: BTreeMap<String, u64>,
 }
 
 /// A checkpoint that passed every check.
@@ -394,7 +378,6 @@ mod tests {
             skipped_in_row: 0,
             seed: 1,
             world: 1,
-            window: WindowState::default(),
             recipe_hash: "r".into(),
             recipe: serde_json::Value::Null,
             data_hash: "d".into(),

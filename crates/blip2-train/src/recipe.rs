@@ -211,6 +211,10 @@ pub struct Stage1Section {
     pub max_text_len: usize,
     /// Label smoothing of the contrastive and the captioning loss.
     pub label_smoothing: f32,
+    /// Whether pairs of a batch that have the same caption word for word count as right for each other: the contrastive
+    /// loss shares its target among them, and none is a negative of another. Otherwise this holds for pairs with the same
+    /// `image_id`, as in the reference.
+    pub same_caption_matches: bool,
     /// How long and in what portions.
     pub train: TrainSection,
     /// The optimiser and its schedule.
@@ -282,7 +286,7 @@ pub struct OptimizerSection {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RuntimeSection {
-    /// A line of metrics every so many steps.
+    /// A line in `metrics.jsonl` and a point in TensorBoard's curves every so many steps, and at the last one.
     pub log_every: u64,
     /// A checkpoint every so many steps, and one at the end.
     pub checkpoint_every: u64,
@@ -306,6 +310,8 @@ pub enum Stage {
         max_text_len: usize,
         /// See [`Stage1Section::label_smoothing`].
         label_smoothing: f32,
+        /// See [`Stage1Section::same_caption_matches`].
+        same_caption_matches: bool,
     },
     /// Generation.
     Two {
@@ -406,8 +412,11 @@ impl RecipeFile {
     #[must_use]
     pub fn runs(&self) -> Vec<Recipe> {
         let one = self.stage1.iter().map(|s| {
-            let stage =
-                Stage::One { max_text_len: s.max_text_len, label_smoothing: s.label_smoothing };
+            let stage = Stage::One {
+                max_text_len: s.max_text_len,
+                label_smoothing: s.label_smoothing,
+                same_caption_matches: s.same_caption_matches,
+            };
             self.run(stage, &s.train, &s.optimizer)
         });
         let two = self.stage2.iter().map(|s| {
