@@ -20,7 +20,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("opened {} MB in {:.2?}", llm.bytes() / 1_000_000, clock.elapsed());
 
     let padding = Padding { max_len: 512, side: Side::Left, width: Width::Longest };
-    let batch = tokenizer.encode_batch(prompts, padding, true)?;
+    let batch = tokenizer.encode_batch(prompts, true, padding)?;
     let mut decoder = LlmDecoder::new(&llm, llm.embed(&batch.ids)?, batch.mask)?;
     let options = Options {
         strategy: Strategy::Beam(Beam { num_beams: beams.parse()?, ..Beam::default() }),

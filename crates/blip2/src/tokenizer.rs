@@ -248,8 +248,8 @@ impl Tokenizer {
     pub fn encode_batch<S: AsRef<str>>(
         &self,
         texts: &[S],
-        padding: Padding,
         special: bool,
+        padding: Padding,
     ) -> Result<TextBatch> {
         let around = if special { self.prefix.len() + self.suffix.len() } else { 0 };
         if padding.max_len <= around {

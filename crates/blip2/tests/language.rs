@@ -5,6 +5,8 @@
 //! `BLIP2_TEST_SMOLLM2` (the GGUF file) and `BLIP2_TEST_BERT_VOCAB` (a `vocab.txt`), and say so when
 //! they are skipped.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests, too, are tests")]
+
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 
@@ -810,7 +812,7 @@ fn word_pieces() {
 fn batches_are_cut_and_padded() {
     let tokenizer = Tokenizer::from_wordpiece_vocab(VOCAB.as_bytes()).unwrap();
     let batch = |padding| {
-        let batch = tokenizer.encode_batch(&["a dog a dog a", "cat"], padding, true).unwrap();
+        let batch = tokenizer.encode_batch(&["a dog a dog a", "cat"], true, padding).unwrap();
         (batch.ids.to_vec2::<u32>().unwrap(), batch.mask)
     };
     let mut padding = Padding { max_len: 5, side: Side::Right, width: Width::Longest };
@@ -824,9 +826,9 @@ fn batches_are_cut_and_padded() {
     padding = Padding { max_len: 9, side: Side::Right, width: Width::Max };
     assert_eq!(batch(padding).0[0], [2, 5, 6, 5, 6, 5, 3, 0, 0]);
     padding.max_len = 2;
-    assert!(tokenizer.encode_batch(&["a"], padding, true).is_err());
+    assert!(tokenizer.encode_batch(&["a"], true, padding).is_err());
     padding = Padding { max_len: 9, side: Side::Left, width: Width::Longest };
-    assert!(tokenizer.encode_batch::<&str>(&[], padding, true).is_err());
+    assert!(tokenizer.encode_batch::<&str>(&[], true, padding).is_err());
 }
 
 #[test]
@@ -939,7 +941,7 @@ fn word_pieces_are_transformers() {
     for case in golden_json("bert_tokenizer.json")["strings"].as_array().unwrap() {
         let (text, ids) = (case["text"].as_str().unwrap(), ids_of(&case["ids"]));
         assert_eq!(tokenizer.encode(text, true).unwrap(), ids, "{text:?}");
-        let batch = tokenizer.encode_batch(&[text], padding, true).unwrap();
+        let batch = tokenizer.encode_batch(&[text], true, padding).unwrap();
         assert_eq!(batch.ids.to_vec2::<u32>().unwrap()[0], ids_of(&case["ids_32"]), "{text:?}");
         let length = batch.mask[0].iter().filter(|m| **m).count();
         assert_eq!(length as u64, case["length_32"].as_u64().unwrap(), "{text:?}");
