@@ -1,15 +1,16 @@
 //! The language side: tokenizers, the LLaMA family and generation.
 //!
 //! Laws on tiny random models (cached = uncached, padded = unpadded, batch = single, one beam =
-//! greedy, many beams = exhaustive search), then goldens on real weights. The latter need
-//! `BLIP2_TEST_SMOLLM2` (the GGUF file) and `BLIP2_TEST_BERT_VOCAB` (a `vocab.txt`), and say so when
-//! they are skipped.
+//! greedy, many beams = exhaustive search), then goldens on tiny and on real weights. The latter need
+//! the parts in the program's cache, or `BLIP2_TEST_SMOLLM2` (the GGUF file) and
+//! `BLIP2_TEST_BERT_VOCAB` (a `vocab.txt`), and say so when they are skipped.
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, are tests")]
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 
+use blip2::assets;
 use blip2::generate::{
     Beam, EarlyStopping, Hypothesis, Options, Sampling, StepModel, Strategy, generate,
 };
@@ -896,18 +897,30 @@ fn tokenizer_json_brings_its_own_surroundings() {
 
 // ---- real weights --------------------------------------------------------------------------------
 
-/// The file that an environment variable names, or a loud word that the test is skipped.
-fn asset(variable: &str) -> Option<PathBuf> {
-    let path = std::env::var_os(variable).map(PathBuf::from);
+/// The real GGUF file: named by the environment, or in the program's cache; else a loud word that
+/// the test is skipped.
+fn smollm2() -> Option<PathBuf> {
+    let cached = || Some(assets::cached_mini_parts().ok()??.llm_gguf);
+    asset("BLIP2_TEST_SMOLLM2", cached)
+}
+
+/// The `vocab.txt` of BERT, found in the same way.
+fn bert_vocab() -> Option<PathBuf> {
+    let cached = || Some(assets::cached_bert_minilm().ok()??.vocab);
+    asset("BLIP2_TEST_BERT_VOCAB", cached)
+}
+
+fn asset(variable: &str, cached: impl FnOnce() -> Option<PathBuf>) -> Option<PathBuf> {
+    let path = std::env::var_os(variable).map(PathBuf::from).or_else(cached);
     if path.is_none() {
-        eprintln!("SKIPPED: {variable} does not name a file");
+        eprintln!("SKIPPED: {variable} names no file and the cache holds none");
     }
     path
 }
 
 #[test]
 fn smollm2_knows_the_capital_of_france() {
-    let Some(path) = asset("BLIP2_TEST_SMOLLM2") else { return };
+    let Some(path) = smollm2() else { return };
     let (llm, tokenizer) = Llm::open(&path, None).unwrap();
     assert_eq!((llm.width(), llm.vocab_size(), llm.eos()), (576, 49_152, 2));
     let ids = tokenizer.encode("The capital of France is", true).unwrap();
@@ -921,7 +934,7 @@ fn smollm2_knows_the_capital_of_france() {
 
 #[test]
 fn smollm2_tokens_are_transformers() {
-    let Some(path) = asset("BLIP2_TEST_SMOLLM2") else { return };
+    let Some(path) = smollm2() else { return };
     let tokenizer = Tokenizer::from_gguf(Gguf::open(&path).unwrap().metadata()).unwrap();
     for case in golden_json("smollm2.json")["strings"].as_array().unwrap() {
         let (text, ids) = (case["text"].as_str().unwrap(), ids_of(&case["ids"]));
@@ -934,7 +947,7 @@ fn smollm2_tokens_are_transformers() {
 
 #[test]
 fn word_pieces_are_transformers() {
-    let Some(path) = asset("BLIP2_TEST_BERT_VOCAB") else { return };
+    let Some(path) = bert_vocab() else { return };
     let tokenizer = Tokenizer::from_wordpiece_vocab(&std::fs::read(path).unwrap()).unwrap();
     assert_eq!(tokenizer.special(), SpecialIds { bos: Some(30_522), eos: 102, pad: 0 });
     let padding = Padding { max_len: 32, side: Side::Right, width: Width::Max };
@@ -950,7 +963,7 @@ fn word_pieces_are_transformers() {
 
 #[test]
 fn smollm2_numbers_and_texts_are_transformers() {
-    let Some(path) = asset("BLIP2_TEST_SMOLLM2") else { return };
+    let Some(path) = smollm2() else { return };
     let (llm, _) = Llm::open(&path, None).unwrap();
     let golden = golden_tensors("smollm2.safetensors");
     let prompt = golden_ids(&golden["ids"]);
