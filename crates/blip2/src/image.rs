@@ -100,7 +100,8 @@ pub fn preprocess(picture: &Rgb, size: usize, normalize: &Normalize) -> Result<T
 }
 
 /// Mean and standard deviation of each colour, in units of full white.
-#[derive(Clone, Copy, PartialEq, Debug)]
+#[derive(Clone, Copy, PartialEq, Debug, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Normalize {
     /// Subtracted from the colours scaled to 0..=1.
     pub mean: [f32; 3],

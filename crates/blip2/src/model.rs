@@ -11,7 +11,7 @@ use blip2_ops::{Dropout, WeightFormat};
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::assets::{self, Progress};
+use crate::assets::{self, Check, Progress};
 use crate::generate::{self, Hypothesis};
 use crate::image::{self, Normalize, Rgb};
 use crate::llm::{Llm, LlmDecoder};
@@ -164,7 +164,7 @@ impl Model {
     pub fn vision(&self, format: WeightFormat, progress: Progress<'_>) -> Result<Vision> {
         let part = &self.manifest.vision;
         let origin = match &part.weights {
-            PartFile::Mini => assets::mini_parts(progress)?.vit,
+            PartFile::Mini => assets::mini_parts(Check::Quick, progress)?.vit,
             PartFile::File(name) => self.files.describe(name),
         };
         let tensors = self.vision_tensors(progress)?;
@@ -228,7 +228,7 @@ impl Model {
     /// If its weights can't be found or are damaged.
     pub fn vision_tensors(&self, progress: Progress<'_>) -> Result<BTreeMap<String, Tensor>> {
         match &self.manifest.vision.weights {
-            PartFile::Mini => params::read_file(&assets::mini_parts(progress)?.vit),
+            PartFile::Mini => params::read_file(&assets::mini_parts(Check::Quick, progress)?.vit),
             PartFile::File(name) => self.weights(name),
         }
     }
@@ -240,7 +240,7 @@ impl Model {
     pub fn llm_path(&self, progress: Progress<'_>) -> Result<PathBuf> {
         let part = self.manifest.llm.as_ref().ok_or_else(|| self.lacks("language model"))?;
         Ok(match &part.weights {
-            PartFile::Mini => assets::mini_parts(progress)?.llm_gguf,
+            PartFile::Mini => assets::mini_parts(Check::Quick, progress)?.llm_gguf,
             PartFile::File(name) => self.files.describe(name),
         })
     }
@@ -485,7 +485,7 @@ impl Matcher {
     pub fn tokenize(&self, texts: &[&str]) -> Result<TextBatch> {
         let padding =
             Padding { max_len: self.max_text_len, side: Side::Right, width: Width::Longest };
-        self.tokenizer.encode_batch(texts, padding, true)
+        self.tokenizer.encode_batch(texts, true, padding)
     }
 
     /// The stage-1 bridge, for callers that keep features.

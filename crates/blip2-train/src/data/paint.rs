@@ -285,7 +285,11 @@ impl Background {
             }
             Self::Blur => {
                 let (a, b) = (Noise::new(rng, 3), Noise::new(rng, 5));
-                let tone = |rng: &mut Rng| [0; 3].map(|_: i32| rng.range(20.0, 235.0));
+                // Muted, as most of what is out of focus in photographs.
+                let tone = |rng: &mut Rng| {
+                    let light = rng.range(40.0, 225.0);
+                    [0; 3].map(|_: i32| (light + rng.range(-45.0, 45.0)).clamp(0.0, 255.0))
+                };
                 let (dark, mid, light) = (tone(rng), tone(rng), tone(rng));
                 RgbImage::from_fn(side, side, |x, y| {
                     let (u, v) = (f64::from(x) / s, f64::from(y) / s);

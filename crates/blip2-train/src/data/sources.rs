@@ -2,7 +2,7 @@
 //!
 //! Each reader yields pictures as they lie in the package, with one caption phrase, and counts what it
 //! leaves out and why. Corrections by hand stand in `captions/*.tsv`: `name TAB phrase`, an empty phrase
-//! leaves the picture out.
+//! leaves the picture out, a `*` ends a prefix.
 //!
 //! Emoji are named from emoji-data's own table (MIT) and our corrections, not from OpenMoji's
 //! annotations, whose package is CC-BY-SA.
@@ -53,6 +53,21 @@ static TWEMOJI: Package = package::TWEMOJI;
 
 fn table(tsv: &'static str) -> HashMap<&'static str, &'static str> {
     tsv.lines().filter_map(|line| line.split_once('\t')).collect()
+}
+
+/// The correction for a picture: its whole name or last part matches, exactly or up to a `*`; the
+/// longest pattern wins.
+fn correction<'a>(fixes: &[(&'a str, &'a str)], name: &str) -> Option<&'a str> {
+    let base = name.rsplit('/').next().unwrap_or(name);
+    let matches = |pattern: &str| {
+        let against = if pattern.contains('/') { name } else { base };
+        match pattern.strip_suffix('*') {
+            Some(prefix) => against.starts_with(prefix),
+            None => against == pattern,
+        }
+    };
+    let fitting = fixes.iter().filter(|(pattern, _)| matches(pattern));
+    fitting.max_by_key(|(pattern, _)| pattern.len()).map(|(_, phrase)| *phrase)
 }
 
 fn count(left_out: &mut LeftOut, why: &'static str) {
@@ -133,7 +148,7 @@ const CLIP_FOLDERS: [&str; 17] = [
 ];
 const CLIP_NOT: [&str; 5] = [
     "recreation/games/cards", "transportation/aiga", "transportation/roadsigns",
-    "people/smilies", "people/stickmen/stick",
+    "people/clothing/pantyhose", "tools/weapons/bullet_hole",
 ];
 
 /// Curated Open Clip Art: PNG, titled by the `dc:title` of the SVG at the same place.
@@ -143,7 +158,8 @@ const CLIP_NOT: [&str; 5] = [
 pub fn open_clip_art(png: &Path, svg: &Path, left_out: &mut LeftOut) -> Result<Vec<Picture>> {
     const PNG: &str = "usr/share/openclipart/png/";
     const SVG: &str = "usr/share/openclipart/svg/";
-    let fixes = table(include_str!("captions/openclipart.tsv"));
+    let fixes: Vec<(&str, &str)> =
+        include_str!("captions/openclipart.tsv").lines().filter_map(|l| l.split_once('\t')).collect();
     let wanted = |name: &str| {
         CLIP_FOLDERS.iter().any(|f| name.starts_with(f)) && !CLIP_NOT.iter().any(|f| name.starts_with(f))
     };
@@ -167,8 +183,7 @@ pub fn open_clip_art(png: &Path, svg: &Path, left_out: &mut LeftOut) -> Result<V
     let is_png = |name: &str| name.strip_prefix(PNG).is_some_and(wanted) && name.ends_with(".png");
     members(png, &is_png, &mut |name, bytes| {
         let name = name[PNG.len()..name.len() - 4].to_owned();
-        let base = name.rsplit('/').next().unwrap_or(&name).to_owned();
-        if let Some(fix) = fixes.get(base.as_str()) {
+        if let Some(fix) = correction(&fixes, &name) {
             if fix.is_empty() {
                 count(left_out, "clip art left out by hand");
             } else {

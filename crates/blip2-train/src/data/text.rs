@@ -14,26 +14,26 @@ pub fn pre_caption(caption: &str, max_words: usize) -> String {
     words.join(" ")
 }
 
-const ARTICLES: [&str; 3] = ["a", "an", "the"];
-const NUMBERS: [&str; 12] = [
+const ARTICLES: &[&str] = &["a", "an", "the"];
+const NUMBERS: &[&str] = &[
     "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "some", "several",
 ];
 /// Where a noun phrase's head ends.
-const STOPS: [&str; 39] = [
+const STOPS: &[&str] = &[
     "of", "with", "in", "on", "at", "from", "for", "and", "to", "by", "under", "over", "near",
     "behind", "inside", "into", "without", "through", "above", "below", "between", "beside", "as",
     "worn", "holding", "wearing", "riding", "playing", "covered", "hatched", "made", "like", "that",
     "who", "is", "against", "around", "or", "out",
 ];
 /// "a bunch of grapes" shows grapes; "a cup of tea" shows a cup.
-const MEASURES: [&str; 34] = [
+const MEASURES: &[&str] = &[
     "pair", "bunch", "cluster", "couple", "slice", "piece", "head", "string", "set", "group",
     "herd", "flock", "plant", "ball", "ear", "sprig", "pile", "stack", "bouquet", "quarter", "half",
     "bar", "loaf", "stick", "drop", "flock", "pack", "collection", "bits", "outline", "silhouette",
     "handful", "lump", "row",
 ];
 /// Nouns that take no article.
-const MASS: [&str; 78] = [
+const MASS: &[&str] = &[
     "rice", "bread", "corn", "hair", "confetti", "money", "soap", "butter", "honey", "milk",
     "water", "pasta", "spaghetti", "lettuce", "garlic", "broccoli", "ginger", "bacon", "cheese",
     "salt", "fire", "fog", "bamboo", "food", "ice", "sake", "curry", "soup", "popcorn", "luggage",
@@ -42,22 +42,23 @@ const MASS: [&str; 78] = [
     "fondue", "lemonade", "coffee", "tea", "wine", "beer", "toast", "parsley", "algae", "knitting",
     "measuring tape", "equipment", "makeup", "nail polish", "shaved ice", "saturn", "jupiter",
     "mars", "venus", "pluto", "neptune", "uranus", "stonehenge", "sushi", "sashimi", "tofu", "juggling",
-    "hopscotch", "ramen",
+    "hopscotch", "ramen", "camping", "bowling", "swimming", "hard candy", "mount fuji",
 ];
 /// Words in -s that are no plurals.
-const SINGULAR_S: [&str; 44] = [
+const SINGULAR_S: &[&str] = &[
     "bus", "cactus", "octopus", "hippopotamus", "platypus", "compass", "glass", "dress", "iris",
     "walrus", "circus", "abacus", "syllabus", "virus", "mattress", "cross", "grass", "canvas",
     "atlas", "lens", "tennis", "gas", "chess", "bass", "moss", "brass", "hibiscus", "crocus",
     "lotus", "eyeglass", "waitress", "actress", "princess", "goddess", "boss", "fortress",
     "cutlass", "species", "series", "santa claus", "claus", "mistress", "triceratops", "tyrannosaurus",
+    "rhinoceros",
 ];
 /// Things that are pairs or many: plural words without a final s, and plural-only nouns.
-const PLURALS: [&str; 16] = [
+const PLURALS: &[&str] = &[
     "men", "women", "people", "children", "feet", "teeth", "mice", "geese", "sheep pair", "dice",
     "police", "lungs", "cattle", "jeans", "pants", "dominoes",
 ];
-const IRREGULAR: [(&str, &str); 40] = [
+const IRREGULAR: &[(&str, &str)] = &[
     ("man", "men"), ("woman", "women"), ("child", "children"), ("person", "people"),
     ("mouse", "mice"), ("goose", "geese"), ("foot", "feet"), ("tooth", "teeth"), ("ox", "oxen"),
     ("leaf", "leaves"), ("knife", "knives"), ("wolf", "wolves"), ("loaf", "loaves"),
@@ -109,7 +110,7 @@ pub fn with_article(phrase: &str) -> String {
     let head = head_of(phrase, false);
     let tail = phrase.split(' ').take(head.0 + 1).collect::<Vec<_>>().join(" ");
     let mass = MASS.contains(&head.1.as_str()) || MASS.iter().any(|m| tail.ends_with(m) && m.contains(' '));
-    if mass || is_plural(&head.1) || first.ends_with("ing") && phrase.split(' ').count() == 1 {
+    if mass || is_plural(&head.1) {
         return phrase.to_owned();
     }
     format!("{} {phrase}", article(first))
@@ -121,6 +122,10 @@ fn head_of(phrase: &str, through: bool) -> (usize, String) {
     let start = usize::from(words.len() > 1 && ARTICLES.contains(&words[0]));
     let is_stop = |i: usize| {
         let w = words[i];
+        // "a red and white flower" goes on.
+        if w == "and" && COLOUR_WORDS.contains(&words[i - 1]) && i + 2 < words.len() {
+            return false;
+        }
         // "man running": the head ends before the participle; "running shoe" begins with it.
         STOPS.contains(&w)
             || (w.ends_with("ing")
@@ -143,8 +148,12 @@ fn head_of(phrase: &str, through: bool) -> (usize, String) {
     (end - 1, head.trim_end_matches([',', '\'']).to_owned())
 }
 
+const COLOUR_WORDS: &[&str] = &[
+    "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "gray", "black", "white",
+];
+
 /// Whom participles follow: "a woman swimming".
-const PERSONS: [&str; 31] = [
+const PERSONS: &[&str] = &[
     "man", "woman", "person", "people", "men", "women", "boy", "girl", "child", "baby", "dog",
     "cat", "bear", "spider", "face", "monkey", "bird", "horse", "penguin", "astronaut", "merman",
     "kid", "couple", "hand", "fish", "cow", "lizard", "squirrel", "raccoon", "owl", "lion",
@@ -303,6 +312,8 @@ mod tests {
             ("a running shoe", "shoe"),
             ("a slice of pizza on a plate", "pizza"),
             ("hair", "hair"),
+            ("a red and white anemone flower", "flower"),
+            ("a penguin and a spider", "penguin"),
         ];
         for (from, to) in cases {
             assert_eq!(head_noun(from), to, "{from}");
