@@ -1,6 +1,8 @@
 //! A long run must not grow: resident memory after 2 000 tiny steps is what it was after the warm-up. A process of its
 //! own, because other tests' memory would hide the leak.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 #![cfg(target_os = "linux")]
 
 use std::path::Path;

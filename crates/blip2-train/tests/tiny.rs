@@ -1,5 +1,7 @@
 //! The tiny recipe's pipeline with real models at toy size: data, both stages, the model folder. A minute at most.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
