@@ -2,7 +2,6 @@
 //! own, because other tests' memory would hide the leak.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 #![cfg(target_os = "linux")]
 
 use std::path::Path;
