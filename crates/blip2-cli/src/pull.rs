@@ -11,11 +11,11 @@ pub(crate) fn run(args: &PullArgs) -> anyhow::Result<Outcome> {
     let mut progress = |name: &str, done, total| bar.update(name, done, total);
     let files = match args.name.as_str() {
         "mini" => {
-            let parts = assets::mini_parts(&mut progress)?;
+            let parts = assets::mini_parts(assets::Check::Full, &mut progress)?;
             vec![parts.vit, parts.llm_gguf]
         }
         "minilm" => {
-            let parts = assets::bert_minilm(&mut progress)?;
+            let parts = assets::bert_minilm(assets::Check::Full, &mut progress)?;
             vec![parts.weights, parts.vocab]
         }
         name => anyhow::bail!("pull {name}: `mini` and `minilm` can be pulled"),

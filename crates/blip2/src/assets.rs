@@ -53,47 +53,35 @@ pub struct BertParts {
 
 /// How thoroughly a cached part is looked at before it is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Check {
+pub enum Check {
     /// Size and time of last change, and the hash only if that time differs. Takes no time.
     Quick,
     /// The hash of every byte.
     Full,
 }
 
-/// The frozen parts of the mini model, fetched if they are not in the cache.
+/// The frozen parts of the mini model, fetched if they are not in the cache or don't stand the `check`.
 ///
 /// # Errors
 /// If there is no place for a cache, or a part is missing and can't be fetched; the message says what to do.
-pub fn mini_parts(progress: Progress<'_>) -> Result<MiniParts> {
-    Ok(MiniParts { vit: mini_vit(&mut *progress)?, llm_gguf: mini_llm(progress)? })
+pub fn mini_parts(check: Check, progress: Progress<'_>) -> Result<MiniParts> {
+    Ok(MiniParts { vit: mini_vit(check, &mut *progress)?, llm_gguf: mini_llm(check, progress)? })
 }
 
 /// Only the image encoder of [`mini_parts`], for what needs no language model.
 ///
 /// # Errors
 /// As [`mini_parts`].
-pub fn mini_vit(progress: Progress<'_>) -> Result<PathBuf> {
-    Ok(Cache::at(&cache_dir()?)?.obtain(&VIT, Check::Quick, progress)?.remove(0))
+pub fn mini_vit(check: Check, progress: Progress<'_>) -> Result<PathBuf> {
+    Ok(Cache::at(&cache_dir()?)?.obtain(&VIT, check, progress)?.remove(0))
 }
 
 /// Only the language model of [`mini_parts`].
 ///
 /// # Errors
 /// As [`mini_parts`].
-pub fn mini_llm(progress: Progress<'_>) -> Result<PathBuf> {
-    Ok(Cache::at(&cache_dir()?)?.obtain(&LLM, Check::Quick, progress)?.remove(0))
-}
-
-/// [`mini_parts`], after hashing every byte that is in the cache; what is damaged is fetched again.
-///
-/// # Errors
-/// As [`mini_parts`].
-pub fn verify_mini_parts(progress: Progress<'_>) -> Result<MiniParts> {
-    let cache = Cache::at(&cache_dir()?)?;
-    Ok(MiniParts {
-        vit: cache.obtain(&VIT, Check::Full, &mut *progress)?.remove(0),
-        llm_gguf: cache.obtain(&LLM, Check::Full, progress)?.remove(0),
-    })
+pub fn mini_llm(check: Check, progress: Progress<'_>) -> Result<PathBuf> {
+    Ok(Cache::at(&cache_dir()?)?.obtain(&LLM, check, progress)?.remove(0))
 }
 
 /// The frozen parts of the mini model if they are in the cache; never fetches.
@@ -111,8 +99,8 @@ pub fn cached_mini_parts() -> Result<Option<MiniParts>> {
 ///
 /// # Errors
 /// If there is no place for a cache, or a part is missing and can't be fetched; the message says what to do.
-pub fn bert_minilm(progress: Progress<'_>) -> Result<BertParts> {
-    let mut paths = Cache::at(&cache_dir()?)?.obtain(&BERT, Check::Quick, progress)?;
+pub fn bert_minilm(check: Check, progress: Progress<'_>) -> Result<BertParts> {
+    let mut paths = Cache::at(&cache_dir()?)?.obtain(&BERT, check, progress)?;
     Ok(BertParts { weights: paths.remove(0), vocab: paths.remove(0) })
 }
 
