@@ -252,7 +252,8 @@ struct Stamp {
 }
 
 /// How `pip` may be called, best first.
-const CLIENTS: &[&[&str]] = &[&["python3", "-m", "pip"], &["python", "-m", "pip"], &["pip3"], &["pip"]];
+const CLIENTS: &[&[&str]] =
+    &[&["python3", "-m", "pip"], &["python", "-m", "pip"], &["pip3"], &["pip"]];
 
 /// How often the size of a download is looked at.
 const TICK: Duration = Duration::from_millis(100);
@@ -351,12 +352,7 @@ impl Cache {
     }
 
     /// The wheel of `package`, with the right hash: put into `packages/` by the user, or downloaded into `work`.
-    fn wheel(
-        &self,
-        package: &Package<'_>,
-        work: &Path,
-        progress: Progress<'_>,
-    ) -> Result<PathBuf> {
+    fn wheel(&self, package: &Package<'_>, work: &Path, progress: Progress<'_>) -> Result<PathBuf> {
         let own = self.root.join("packages").join(package.wheel);
         let path = if own.exists() { own } else { self.download(package, work, progress)? };
         let hash = hash_file(&path).map_err(Error::io(&path))?;
@@ -530,7 +526,8 @@ fn unpack(
     progress: &mut dyn FnMut(u64),
 ) -> Result<String> {
     let file = File::open(wheel).map_err(Error::io(wheel))?;
-    let damaged = |err: zip::result::ZipError| Error::file(wheel, format!("{}: {err}", part.inside));
+    let damaged =
+        |err: zip::result::ZipError| Error::file(wheel, format!("{}: {err}", part.inside));
     let mut archive = zip::ZipArchive::new(file).map_err(damaged)?;
     let mut entry = archive.by_name(part.inside).map_err(damaged)?.take(part.size);
     let mut out = File::create(to).map_err(Error::io(to))?;
@@ -793,8 +790,7 @@ mod tests {
         File::options().write(true).open(&path).unwrap().set_modified(UNIX_EPOCH).unwrap();
         cache.obtain(&package, Check::Quick, &mut quiet).unwrap();
         assert_eq!(calls(dir.path()), 1);
-        let stamp: Stamp =
-            serde_json::from_slice(&fs::read(stamp_path(&path)).unwrap()).unwrap();
+        let stamp: Stamp = serde_json::from_slice(&fs::read(stamp_path(&path)).unwrap()).unwrap();
         assert_eq!(stamp.modified, 0);
     }
 

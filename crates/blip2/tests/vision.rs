@@ -23,7 +23,8 @@ fn pixels() -> Tensor {
         for y in 0..SIZE {
             for x in 0..SIZE {
                 let (cf, yf, xf) = (c as f64, y as f64, x as f64);
-                let angle = 0.37 + 0.11 * cf + 0.043 * yf + 0.029 * (cf + 1.0) * xf + 0.0007 * xf * yf;
+                let angle =
+                    0.37 + 0.11 * cf + 0.043 * yf + 0.029 * (cf + 1.0) * xf + 0.0007 * xf * yf;
                 wave.push((1.5 * angle.sin()) as f32);
                 let step = (7 * y + 13 * x + 5 * c + (x * y) / 9) % 61;
                 steps.push((step as f64 / 61.0 * 4.0 - 2.0) as f32);
@@ -62,11 +63,7 @@ fn features_are_those_of_onnxruntime() {
     .unwrap();
     let pixels = pixels();
     let embeddings = vit.embed(&pixels).unwrap();
-    assert_close(
-        "embeddings",
-        &embeddings.index_select(&rows, 1).unwrap(),
-        &golden["embeddings"],
-    );
+    assert_close("embeddings", &embeddings.index_select(&rows, 1).unwrap(), &golden["embeddings"]);
     let features = vit.forward(&pixels).unwrap();
     assert_eq!(features.dims(), [2, 257, 384]);
     assert_close("block10", &features.index_select(&rows, 1).unwrap(), &golden["block10"]);
