@@ -165,7 +165,7 @@ impl Model {
     pub fn vision(&self, format: WeightFormat, progress: Progress<'_>) -> Result<Vision> {
         let part = &self.manifest.vision;
         let origin = match &part.weights {
-            PartFile::Mini => assets::mini_parts(Check::Quick, progress)?.vit,
+            PartFile::Mini => assets::mini_vit(Check::Quick, progress)?,
             PartFile::File(name) => self.files.describe(name),
         };
         let tensors = self.vision_tensors(progress)?;
@@ -229,7 +229,7 @@ impl Model {
     /// If its weights can't be found or are damaged.
     pub fn vision_tensors(&self, progress: Progress<'_>) -> Result<BTreeMap<String, Tensor>> {
         match &self.manifest.vision.weights {
-            PartFile::Mini => params::read_file(&assets::mini_parts(Check::Quick, progress)?.vit),
+            PartFile::Mini => params::read_file(&assets::mini_vit(Check::Quick, progress)?),
             PartFile::File(name) => self.weights(name),
         }
     }
@@ -241,7 +241,7 @@ impl Model {
     pub fn llm_path(&self, progress: Progress<'_>) -> Result<PathBuf> {
         let part = self.manifest.llm.as_ref().ok_or_else(|| self.lacks("language model"))?;
         Ok(match &part.weights {
-            PartFile::Mini => assets::mini_parts(Check::Quick, progress)?.llm_gguf,
+            PartFile::Mini => assets::mini_llm(Check::Quick, progress)?,
             PartFile::File(name) => self.files.describe(name),
         })
     }
