@@ -43,9 +43,12 @@ def versions(*packages):
 
 
 def write_tensors(args, name, tensors, **metadata):
-    """Write NAME.safetensors; every metadata value is stored as JSON text in the header."""
+    """Write NAME.safetensors, the metadata as one JSON text named `golden` in its header.
+
+    One text, as the order of several is left to chance and the file would differ each time.
+    """
     tensors = {key: value.detach().clone().contiguous() for key, value in tensors.items()}
-    header = {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()}
+    header = {"golden": json.dumps(metadata, sort_keys=True)}
     path = os.path.join(args.out, name + ".safetensors")
     save_file(tensors, path, metadata=header)
     print(f"{name}.safetensors: {len(tensors)} tensors, {os.path.getsize(path)} bytes")

@@ -52,28 +52,12 @@ pub struct TrainState {
     pub seed: u64,
     /// Processes that trained together.
     pub world: usize,
-    /// The sums that the next report will be made of.
-    pub window: WindowState,
     /// Hash of the part of the recipe that decides the numbers.
     pub recipe_hash: String,
     /// The recipe itself, to tell what differs.
     pub recipe: serde_json::Value,
     /// Hash of the training data.
     pub data_hash: String,
-}
-
-/// Sums since the last report, as the bits of f64: a resumed run reports the same means.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct WindowState {
-    /// Steps in the sums.
-    pub counted: u64,
-    /// Of the loss.
-    pub loss: u64,
-    /// Of the gradient's norm.
-    pub norm: u64,
-    /// Of the loss's parts.
-    pub parts: BTreeMap<String, u64>,
 }
 
 /// A checkpoint that passed every check.
@@ -136,8 +120,10 @@ impl Checkpoints {
         weights: &BTreeMap<String, Tensor>,
         optimizer: &BTreeMap<String, Tensor>,
     ) -> Result<PathBuf> {
-        let json = serde_json::to_vec_pretty(state).map_err(|err| Error::Checkpoint(err.to_string()))?;
-        let files = [(WEIGHTS, serialize(weights)?), (OPTIMIZER, serialize(optimizer)?), (STATE, json)];
+        let json =
+            serde_json::to_vec_pretty(state).map_err(|err| Error::Checkpoint(err.to_string()))?;
+        let files =
+            [(WEIGHTS, serialize(weights)?), (OPTIMIZER, serialize(optimizer)?), (STATE, json)];
         let path = self.save_files(state.step, &files, |file, bytes| file.write_all(bytes))?;
         self.prune(state.step);
         Ok(path)
@@ -216,7 +202,9 @@ impl Checkpoints {
         let mut all = Vec::new();
         for entry in fs::read_dir(&self.dir).map_err(Error::io(&self.dir))? {
             let path = entry.map_err(Error::io(&self.dir))?.path();
-            let step = path.file_name().and_then(|name| name.to_str()?.strip_prefix("step-")?.parse().ok());
+            let step = path
+                .file_name()
+                .and_then(|name| name.to_str()?.strip_prefix("step-")?.parse().ok());
             if let Some(step) = step {
                 all.push((step, path));
             }
@@ -262,13 +250,23 @@ fn load(path: &Path, step: u64) -> Result<Loaded> {
     let manifest: Manifest = serde_json::from_slice(&read(MANIFEST)?)
         .map_err(|err| damaged(format!("{MANIFEST} can't be read: {err}")))?;
     if manifest.format != FORMAT {
-        return Err(damaged(format!("{MANIFEST} has format {}, this program reads {FORMAT}", manifest.format)));
+        return Err(damaged(format!(
+            "{MANIFEST} has format {}, this program reads {FORMAT}",
+            manifest.format
+        )));
     }
     let checked = |name: &str| -> Result<Vec<u8>> {
-        let entry = manifest.files.get(name).ok_or_else(|| damaged(format!("{MANIFEST} does not list {name}")))?;
+        let entry = manifest
+            .files
+            .get(name)
+            .ok_or_else(|| damaged(format!("{MANIFEST} does not list {name}")))?;
         let bytes = read(name)?;
         if bytes.len() as u64 != entry.bytes {
-            return Err(damaged(format!("{name} has {} bytes instead of {}", bytes.len(), entry.bytes)));
+            return Err(damaged(format!(
+                "{name} has {} bytes instead of {}",
+                bytes.len(),
+                entry.bytes
+            )));
         }
         if sha256(&bytes) != entry.sha256 {
             return Err(damaged(format!("the sha256 of {name} is not the manifest's")));
@@ -278,13 +276,21 @@ fn load(path: &Path, step: u64) -> Result<Loaded> {
     let state: TrainState = serde_json::from_slice(&checked(STATE)?)
         .map_err(|err| damaged(format!("{STATE} can't be read: {err}")))?;
     if state.step != step {
-        return Err(damaged(format!("{STATE} is of step {}, the folder's name says {step}", state.step)));
+        return Err(damaged(format!(
+            "{STATE} is of step {}, the folder's name says {step}",
+            state.step
+        )));
     }
     let tensors = |name: &str| -> Result<BTreeMap<String, Tensor>> {
         let tensors = candle_core::safetensors::load_buffer(&checked(name)?, &Device::Cpu)?;
         Ok(tensors.into_iter().collect())
     };
-    Ok(Loaded { path: path.to_path_buf(), state, weights: tensors(WEIGHTS)?, optimizer: tensors(OPTIMIZER)? })
+    Ok(Loaded {
+        path: path.to_path_buf(),
+        state,
+        weights: tensors(WEIGHTS)?,
+        optimizer: tensors(OPTIMIZER)?,
+    })
 }
 
 /// Writes `tensors` as one safetensors file that appears whole or not at all; returns its sha256 in hex.
@@ -344,7 +350,8 @@ fn write_folder(
         let entry = Entry { bytes: bytes.len() as u64, sha256: sha256(bytes) };
         manifest.files.insert((*name).to_owned(), entry);
     }
-    let json = serde_json::to_vec_pretty(&manifest).map_err(|err| Error::Checkpoint(err.to_string()))?;
+    let json =
+        serde_json::to_vec_pretty(&manifest).map_err(|err| Error::Checkpoint(err.to_string()))?;
     put(MANIFEST, &json)?;
     sync_folder(dir)
 }
@@ -371,7 +378,6 @@ mod tests {
             skipped_in_row: 0,
             seed: 1,
             world: 1,
-            window: WindowState::default(),
             recipe_hash: "r".into(),
             recipe: serde_json::Value::Null,
             data_hash: "d".into(),
@@ -379,7 +385,10 @@ mod tests {
     }
 
     fn tensors(value: f32) -> BTreeMap<String, Tensor> {
-        BTreeMap::from([("a.weight".to_owned(), Tensor::full(value, (2, 3), &Device::Cpu).unwrap())])
+        BTreeMap::from([(
+            "a.weight".to_owned(),
+            Tensor::full(value, (2, 3), &Device::Cpu).unwrap(),
+        )])
     }
 
     #[test]
@@ -401,8 +410,10 @@ mod tests {
                 })
                 .unwrap_err();
             assert!(matches!(err, Error::Io { .. }), "{err}");
-            let names: Vec<_> =
-                fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+            let names: Vec<_> = fs::read_dir(dir.path())
+                .unwrap()
+                .map(|e| e.unwrap().file_name().into_string().unwrap())
+                .collect();
             assert_eq!(names, ["step-00000001"]);
             assert_eq!(store.latest().unwrap().newest.unwrap().state, state(1));
         }

@@ -180,7 +180,9 @@ fn build_view(path: &Path, view: u32, shape: FeatureShape, build: &mut Build<'_>
     let mut file = file.map_err(Error::io(&part))?;
     // What stands behind the last flush may be torn.
     let start = done as u64 * shape.record() as u64;
-    file.set_len(start).and_then(|()| file.seek(SeekFrom::Start(start))).map_err(Error::io(&part))?;
+    file.set_len(start)
+        .and_then(|()| file.seek(SeekFrom::Start(start)))
+        .map_err(Error::io(&part))?;
     let mut out = BufWriter::with_capacity(1 << 20, file);
     let mut flushed = done;
     let total = shape.samples as u64 * u64::from(shape.views);

@@ -9,12 +9,15 @@ pub mod features;
 pub mod init;
 pub mod log;
 pub mod losses;
+pub mod monitor;
 pub mod optim;
 pub mod order;
+pub mod parts;
 pub mod recipe;
 pub mod rng;
 pub mod schedule;
 pub mod steps;
+pub mod tasks;
 pub mod tensorboard;
 pub mod trainer;
 

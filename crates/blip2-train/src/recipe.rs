@@ -211,6 +211,10 @@ pub struct Stage1Section {
     pub max_text_len: usize,
     /// Label smoothing of the contrastive and the captioning loss.
     pub label_smoothing: f32,
+    /// Whether pairs of a batch that have the same caption word for word count as right for each other: the contrastive
+    /// loss shares its target among them, and none is a negative of another. Otherwise this holds for pairs with the same
+    /// `image_id`, as in the reference.
+    pub same_caption_matches: bool,
     /// How long and in what portions.
     pub train: TrainSection,
     /// The optimiser and its schedule.
@@ -282,7 +286,7 @@ pub struct OptimizerSection {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RuntimeSection {
-    /// A line of metrics every so many steps.
+    /// A line in `metrics.jsonl` and a point in TensorBoard's curves every so many steps, and at the last one.
     pub log_every: u64,
     /// A checkpoint every so many steps, and one at the end.
     pub checkpoint_every: u64,
@@ -306,6 +310,8 @@ pub enum Stage {
         max_text_len: usize,
         /// See [`Stage1Section::label_smoothing`].
         label_smoothing: f32,
+        /// See [`Stage1Section::same_caption_matches`].
+        same_caption_matches: bool,
     },
     /// Generation.
     Two {
@@ -390,7 +396,8 @@ impl RecipeFile {
     /// # Errors
     /// As [`RecipeFile::read`].
     pub fn parse(text: &str, changes: &[String]) -> Result<Self> {
-        let mut table: toml::Table = toml::from_str(text).map_err(|err| Error::Recipe(err.to_string()))?;
+        let mut table: toml::Table =
+            toml::from_str(text).map_err(|err| Error::Recipe(err.to_string()))?;
         for change in changes {
             set(&mut table, change)?;
         }
@@ -405,7 +412,11 @@ impl RecipeFile {
     #[must_use]
     pub fn runs(&self) -> Vec<Recipe> {
         let one = self.stage1.iter().map(|s| {
-            let stage = Stage::One { max_text_len: s.max_text_len, label_smoothing: s.label_smoothing };
+            let stage = Stage::One {
+                max_text_len: s.max_text_len,
+                label_smoothing: s.label_smoothing,
+                same_caption_matches: s.same_caption_matches,
+            };
             self.run(stage, &s.train, &s.optimizer)
         });
         let two = self.stage2.iter().map(|s| {
@@ -445,14 +456,26 @@ impl RecipeFile {
     fn check(&self) -> Result<()> {
         let name_is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
         require(
-            !self.name.is_empty() && self.name.chars().all(name_is_plain) && !self.name.starts_with('.'),
+            !self.name.is_empty()
+                && self.name.chars().all(name_is_plain)
+                && !self.name.starts_with('.'),
             "name",
             &self.name,
             "letters, digits, - _ . and not a dot in front",
         )?;
-        require(self.stage1.is_some() || self.stage2.is_some(), "stage1, stage2", "", "at least one of them")?;
+        require(
+            self.stage1.is_some() || self.stage2.is_some(),
+            "stage1, stage2",
+            "",
+            "at least one of them",
+        )?;
         self.augment.check()?;
-        require(self.features.batch_size > 0, "features.batch_size", self.features.batch_size, "at least 1")?;
+        require(
+            self.features.batch_size > 0,
+            "features.batch_size",
+            self.features.batch_size,
+            "at least 1",
+        )?;
         self.model.check()?;
         if let Some(stage) = &self.stage1 {
             at_least_3("stage1.max_text_len", stage.max_text_len)?;
@@ -506,7 +529,13 @@ impl Recipe {
     /// Never for a recipe that was read.
     pub fn decisive(&self) -> Result<serde_json::Value> {
         let mut value = serde_json::to_value(self).map_err(|err| Error::Recipe(err.to_string()))?;
-        for path in [&["name"][..], &["runtime"], &["data", "dir"], &["features", "dir"], &["features", "batch_size"]] {
+        for path in [
+            &["name"][..],
+            &["runtime"],
+            &["data", "dir"],
+            &["features", "dir"],
+            &["features", "batch_size"],
+        ] {
             let (last, parents) = path.split_last().unwrap_or((&"", &[]));
             let parent = parents.iter().try_fold(&mut value, |value, key| value.get_mut(*key));
             if let Some(object) = parent.and_then(serde_json::Value::as_object_mut) {
@@ -570,7 +599,9 @@ fn set(table: &mut toml::Table, change: &str) -> Result<()> {
     let mut place = table;
     for part in parents {
         let entry = place.entry(*part).or_insert_with(|| toml::Value::Table(toml::Table::new()));
-        place = entry.as_table_mut().ok_or_else(|| wrong(&format!("{part} is a value, not a section")))?;
+        place = entry
+            .as_table_mut()
+            .ok_or_else(|| wrong(&format!("{part} is a value, not a section")))?;
     }
     place.insert((*last).to_owned(), value);
     // `steps` and `epochs` exclude each other; setting one is a clear wish to drop the other.
@@ -602,12 +633,21 @@ fn positive(field: &str, value: usize) -> Result<()> {
 fn divides(part: (&str, usize), whole: (&str, usize)) -> Result<()> {
     positive(part.0, part.1)?;
     positive(whole.0, whole.1)?;
-    require(whole.1.is_multiple_of(part.1), part.0, part.1, &format!("a divisor of {} = {}", whole.0, whole.1))
+    require(
+        whole.1.is_multiple_of(part.1),
+        part.0,
+        part.1,
+        &format!("a divisor of {} = {}", whole.0, whole.1),
+    )
 }
 
 fn ordered(field: &str, [low, high]: [f64; 2], max: f64) -> Result<()> {
     let ok = low > 0.0 && low <= high && high <= max;
-    let wanted = if max.is_finite() { format!("two numbers 0 < a ≤ b ≤ {max}") } else { "two numbers 0 < a ≤ b".into() };
+    let wanted = if max.is_finite() {
+        format!("two numbers 0 < a ≤ b ≤ {max}")
+    } else {
+        "two numbers 0 < a ≤ b".into()
+    };
     require(ok, field, format!("[{low}, {high}]"), &wanted)
 }
 
@@ -621,14 +661,28 @@ impl AugmentSection {
 
 impl ModelSection {
     fn check(&self) -> Result<()> {
-        if let VisionSection::Random { image_size, patch_size, width, depth, num_heads, mlp_width } = self.vision {
-            divides(("model.vision.patch_size", patch_size), ("model.vision.image_size", image_size))?;
+        if let VisionSection::Random {
+            image_size,
+            patch_size,
+            width,
+            depth,
+            num_heads,
+            mlp_width,
+        } = self.vision
+        {
+            divides(
+                ("model.vision.patch_size", patch_size),
+                ("model.vision.image_size", image_size),
+            )?;
             divides(("model.vision.num_heads", num_heads), ("model.vision.width", width))?;
             positive("model.vision.depth", depth)?;
             positive("model.vision.mlp_width", mlp_width)?;
         }
         if let BertSection::Random { width, depth, num_heads, ffn_width } = self.qformer.init {
-            divides(("model.qformer.init.num_heads", num_heads), ("model.qformer.init.width", width))?;
+            divides(
+                ("model.qformer.init.num_heads", num_heads),
+                ("model.qformer.init.width", width),
+            )?;
             positive("model.qformer.init.depth", depth)?;
             positive("model.qformer.init.ffn_width", ffn_width)?;
         }
@@ -645,7 +699,10 @@ impl ModelSection {
             ),
             LlmSection::Random { width, depth, num_heads, num_kv_heads, ffn_width } => {
                 divides(("model.llm.num_heads", *num_heads), ("model.llm.width", *width))?;
-                divides(("model.llm.num_kv_heads", *num_kv_heads), ("model.llm.num_heads", *num_heads))?;
+                divides(
+                    ("model.llm.num_kv_heads", *num_kv_heads),
+                    ("model.llm.num_heads", *num_heads),
+                )?;
                 require(
                     (width / num_heads).is_multiple_of(2),
                     "model.llm.width",
@@ -671,7 +728,12 @@ impl TrainSection {
         positive(&format!("{section}.batch_size"), self.batch_size)?;
         positive(&format!("{section}.accumulate"), self.accumulate)?;
         let clip = self.clip;
-        require(clip >= 0.0 && clip.is_finite(), &format!("{section}.clip"), clip, "0 (none) or more")?;
+        require(
+            clip >= 0.0 && clip.is_finite(),
+            &format!("{section}.clip"),
+            clip,
+            "0 (none) or more",
+        )?;
         require(
             self.stop_after_nonfinite > 0,
             &format!("{section}.stop_after_nonfinite"),
@@ -704,7 +766,9 @@ impl OptimizerSection {
 
 impl RuntimeSection {
     fn check(&self) -> Result<()> {
-        for (name, value) in [("log_every", self.log_every), ("checkpoint_every", self.checkpoint_every)] {
+        for (name, value) in
+            [("log_every", self.log_every), ("checkpoint_every", self.checkpoint_every)]
+        {
             require(value > 0, &format!("runtime.{name}"), value, "at least 1")?;
         }
         positive("runtime.keep_checkpoints", self.keep_checkpoints)?;

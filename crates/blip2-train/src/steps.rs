@@ -101,8 +101,8 @@ pub fn stage1_with(
     let image = model.image(batch.patches, dropout)?;
     let text = model.text(ids, tokens, dropout)?;
     let all_ids = batch.image_ids.map(|ids| gather_ids(ids, ranks)).transpose()?;
-    let all_images = ranks.all_gather(&image.embeds.detach())?;
-    let all_texts = ranks.all_gather(&text.detach())?;
+    let all_images = gather_features(&image.embeds, ranks)?;
+    let all_texts = gather_features(&text, ranks)?;
     let gathered =
         Gathered { images: &all_images, texts: &all_texts, first, image_ids: all_ids.as_deref() };
     let itc = losses::itc(&image.embeds, &text, &gathered, model.temp(), context.smoothing)?;
@@ -153,6 +153,12 @@ fn itg_inputs(ids: &Tensor, tokens: &Tensor, dec: u32) -> Result<(Tensor, Target
 
 fn select(rows: &Tensor, index: &[u32]) -> Result<Tensor> {
     Ok(rows.index_select(&Tensor::new(index, &Device::Cpu)?, 0)?)
+}
+
+/// All ranks' features. The reference gathers without gradient, except in a single process, where there is nothing to
+/// gather and both sides of every similarity learn.
+fn gather_features(local: &Tensor, ranks: &Arc<dyn Communicator>) -> Result<Tensor> {
+    if ranks.world() == 1 { Ok(local.clone()) } else { Ok(ranks.all_gather(&local.detach())?) }
 }
 
 fn gather_ids(ids: &[i64], ranks: &Arc<dyn Communicator>) -> Result<Vec<i64>> {

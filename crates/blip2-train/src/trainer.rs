@@ -5,7 +5,6 @@
 //! that was killed at any moment and resumed ends with the same bits as one that was not. The loop knows neither
 //! pictures nor models; they come in as a [`Task`].
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,7 +17,8 @@ use blip2::params::ParamStore;
 use blip2_ops::{Communicator, Dropout};
 use candle_core::Tensor;
 
-use crate::checkpoint::{Checkpoints, TrainState, WindowState, save_tensors, write_atomic};
+use crate::checkpoint::{Checkpoints, TrainState, save_tensors, write_atomic};
+use crate::log::StepRecord;
 use crate::optim::{AdamW, AdamWConfig, Gradients, clip_factor};
 use crate::order::{BatchPlan, Order, Walk, purpose};
 use crate::recipe::{Recipe, differences};
@@ -170,31 +170,6 @@ pub struct Start {
     pub samples_per_step: usize,
 }
 
-/// The means over the steps since the last report.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Report {
-    /// Steps done.
-    pub step: u64,
-    /// Steps of the whole run.
-    pub total_steps: u64,
-    /// The epoch of the last step.
-    pub epoch: u64,
-    /// The mean loss; NaN if every step was skipped.
-    pub loss: f64,
-    /// The means of the loss's parts.
-    pub parts: Vec<(String, f64)>,
-    /// The learning rate of the last step.
-    pub lr: f64,
-    /// The mean norm of the gradient before clipping.
-    pub grad_norm: f64,
-    /// Steps skipped in the whole run because something was not finite.
-    pub skipped: u64,
-    /// Samples per second.
-    pub samples_per_second: f64,
-    /// The share of the time spent waiting for data.
-    pub waiting: f64,
-}
-
 /// Who is told what happens. Progress bars, `metrics.jsonl` and TensorBoard hang here.
 pub trait Monitor {
     /// The run begins or goes on. What was logged of step `start.step` and later is void: it will be done again.
@@ -203,14 +178,11 @@ pub trait Monitor {
     /// If a log can't be written; the run stops.
     fn start(&mut self, start: &Start) -> Result<()>;
 
-    /// Every `log_every` steps and at the last one.
+    /// After every step. `waiting` is the share of its time spent waiting for data.
     ///
     /// # Errors
     /// If a log can't be written; the run stops.
-    fn report(&mut self, report: &Report) -> Result<()>;
-
-    /// After every step, for a live line: steps done.
-    fn tick(&mut self, step: u64, loss: f32);
+    fn step(&mut self, record: &StepRecord, waiting: f64) -> Result<()>;
 
     /// Something a person should read.
     fn note(&mut self, text: &str);
@@ -261,7 +233,6 @@ struct Trainer<'a, T: Task> {
     step: u64,
     skipped: u64,
     skipped_in_row: u64,
-    window: Window,
     data_hash: String,
     saved: Option<u64>,
 }
@@ -309,7 +280,6 @@ impl<'a, T: Task> Trainer<'a, T> {
             step: 0,
             skipped: 0,
             skipped_in_row: 0,
-            window: Window::default(),
             data_hash: task.source().hash(),
             saved: None,
         })
@@ -327,8 +297,8 @@ impl<'a, T: Task> Trainer<'a, T> {
         } else {
             self.resume(monitor)?;
         }
-        let json = serde_json::to_vec_pretty(self.recipe)
-            .map_err(|err| Error::Recipe(err.to_string()))?;
+        let json =
+            serde_json::to_vec_pretty(self.recipe).map_err(|err| Error::Recipe(err.to_string()))?;
         if self.is_writer() {
             write_atomic(&self.run.dir.join("recipe.json"), &json)?;
         }
@@ -364,7 +334,6 @@ impl<'a, T: Task> Trainer<'a, T> {
         self.step = state.step;
         self.skipped = state.skipped;
         self.skipped_in_row = state.skipped_in_row;
-        self.window = Window::restore(&state.window);
         self.saved = Some(state.step);
         monitor.note(&format!("resumed from {}", loaded.path.display()));
         Ok(())
@@ -407,17 +376,13 @@ impl<'a, T: Task> Trainer<'a, T> {
                 if self.run.stop.load(Ordering::Relaxed) {
                     return Ok(false);
                 }
-                let loss = self.one_step(&mut batches, monitor)?;
-                monitor.tick(self.step, loss);
+                self.one_step(&mut batches, monitor)?;
                 let last = self.step == self.total_steps;
-                if last || self.step.is_multiple_of(runtime.log_every) {
-                    let report = self.report();
-                    monitor.report(&report)?;
-                }
                 if !last && self.step.is_multiple_of(runtime.checkpoint_every) {
                     // A full disk should not end a run of days: the older checkpoints are still there.
                     if let Err(err) = self.save() {
-                        monitor.note(&format!("warning: no checkpoint at step {}: {err}", self.step));
+                        monitor
+                            .note(&format!("warning: no checkpoint at step {}: {err}", self.step));
                     }
                 }
             }
@@ -435,12 +400,12 @@ impl<'a, T: Task> Trainer<'a, T> {
         Ok(Outcome::Finished { steps: self.step, model, sha256 })
     }
 
-    /// One optimiser step; returns the loss.
+    /// One optimiser step, and what is logged of it.
     fn one_step(
         &mut self,
         batches: &mut Batches<<T::Source as Source>::Batch>,
         monitor: &mut dyn Monitor,
-    ) -> Result<f32> {
+    ) -> Result<()> {
         let begin = Instant::now();
         let accumulate = self.recipe.train.accumulate;
         let share = 1.0 / accumulate as f32;
@@ -464,20 +429,27 @@ impl<'a, T: Task> Trainer<'a, T> {
         let loss = self.gradients.loss();
         let norm = self.gradients.norm()?;
         let lr = self.schedule.lr(self.order.position(self.step));
-        if loss.is_finite() && norm.is_finite() {
+        let finite = loss.is_finite() && norm.is_finite();
+        if finite {
             let scale = clip_factor(norm, self.recipe.train.clip);
             self.optimizer.step(self.task.params(), &self.gradients, lr, scale)?;
             self.skipped_in_row = 0;
-            self.window.add(f64::from(loss), norm, &parts);
         } else {
             self.skip(loss, norm, &parts, monitor)?;
         }
-        self.window.lr = lr;
-        self.window.steps += 1;
-        self.window.seconds += begin.elapsed().as_secs_f64();
-        self.window.waited += waited.as_secs_f64();
         self.step += 1;
-        Ok(loss)
+        let seconds = begin.elapsed().as_secs_f64();
+        let record = StepRecord {
+            step: self.step,
+            epoch: self.step as f64 / self.order.steps_per_epoch() as f64,
+            loss: loss.into(),
+            parts: parts.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
+            lr,
+            images_per_s: self.order.per_step() as f64 / seconds,
+            grad_norm: norm,
+            skipped: !finite,
+        };
+        monitor.step(&record, waited.as_secs_f64() / seconds)
     }
 
     /// Notes a step whose loss or gradient is not finite; weights and optimiser stay as they are.
@@ -490,7 +462,8 @@ impl<'a, T: Task> Trainer<'a, T> {
     ) -> Result<()> {
         self.skipped += 1;
         self.skipped_in_row += 1;
-        let text = format!("step {}: loss {loss}, gradient norm {norm}, parts {parts:?}", self.step);
+        let text =
+            format!("step {}: loss {loss}, gradient norm {norm}, parts {parts:?}", self.step);
         if self.skipped_in_row >= self.recipe.train.stop_after_nonfinite {
             return Err(Error::Training(format!(
                 "{} steps in a row were not finite; the last: {text}",
@@ -499,24 +472,6 @@ impl<'a, T: Task> Trainer<'a, T> {
         }
         monitor.note(&format!("warning: skipped {text}"));
         Ok(())
-    }
-
-    fn report(&mut self) -> Report {
-        let window = std::mem::take(&mut self.window);
-        let mean = |sum: f64| sum / window.counted as f64;
-        let samples = window.steps * self.order.per_step() as u64;
-        Report {
-            step: self.step,
-            total_steps: self.total_steps,
-            epoch: self.order.position(self.step - 1).epoch,
-            loss: mean(window.loss),
-            parts: window.parts.iter().map(|(name, sum)| (name.clone(), mean(*sum))).collect(),
-            lr: window.lr,
-            grad_norm: mean(window.norm),
-            skipped: self.skipped,
-            samples_per_second: samples as f64 / window.seconds,
-            waiting: window.waited / window.seconds,
-        }
     }
 
     fn save(&mut self) -> Result<()> {
@@ -533,7 +488,6 @@ impl<'a, T: Task> Trainer<'a, T> {
             skipped_in_row: self.skipped_in_row,
             seed: self.recipe.seed,
             world: self.order.world,
-            window: self.window.state(),
             recipe_hash: self.recipe.hash()?,
             recipe: self.recipe.decisive()?,
             data_hash: self.data_hash.clone(),
@@ -555,56 +509,6 @@ fn add_parts(into: &mut Vec<(&'static str, f64)>, parts: &[(&'static str, f32)],
         match into.iter_mut().find(|(known, _)| *known == name) {
             Some((_, sum)) => *sum += share * f64::from(value),
             None => into.push((name, share * f64::from(value))),
-        }
-    }
-}
-
-/// Sums over the steps since the last report.
-#[derive(Debug, Clone, Default)]
-struct Window {
-    /// Steps that were not skipped.
-    counted: u64,
-    loss: f64,
-    norm: f64,
-    parts: BTreeMap<String, f64>,
-    /// Since this process began; a resumed run's speed is its own.
-    steps: u64,
-    seconds: f64,
-    waited: f64,
-    lr: f64,
-}
-
-impl Window {
-    fn add(&mut self, loss: f64, norm: f64, parts: &[(&'static str, f64)]) {
-        self.counted += 1;
-        self.loss += loss;
-        self.norm += norm;
-        for (name, value) in parts {
-            *self.parts.entry((*name).to_owned()).or_default() += value;
-        }
-    }
-
-    /// What a resumed run needs to report the same means to the bit.
-    fn state(&self) -> WindowState {
-        WindowState {
-            counted: self.counted,
-            loss: self.loss.to_bits(),
-            norm: self.norm.to_bits(),
-            parts: self.parts.iter().map(|(name, sum)| (name.clone(), sum.to_bits())).collect(),
-        }
-    }
-
-    fn restore(state: &WindowState) -> Self {
-        Self {
-            counted: state.counted,
-            loss: f64::from_bits(state.loss),
-            norm: f64::from_bits(state.norm),
-            parts: state
-                .parts
-                .iter()
-                .map(|(name, &bits)| (name.clone(), f64::from_bits(bits)))
-                .collect(),
-            ..Self::default()
         }
     }
 }

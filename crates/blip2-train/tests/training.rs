@@ -10,12 +10,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use blip2::params::ParamStore;
 use blip2_ops::{Communicator, SingleProcess, linear};
 use blip2_train::checkpoint::Checkpoints;
+use blip2_train::log::StepRecord;
 use blip2_train::optim::{AdamW, AdamWConfig, Gradients, clip_factor, decays};
 use blip2_train::order::BatchPlan;
 use blip2_train::recipe::{Recipe, RecipeFile};
 use blip2_train::schedule::{Position, Schedule, ScheduleKind};
 use blip2_train::trainer::{
-    Draws, Monitor, Outcome, Report, Resume, Run, Source, Start, StepOutput, Task, train,
+    Draws, Monitor, Outcome, Resume, Run, Source, Start, StepOutput, Task, train,
 };
 use blip2_train::{Error, Result};
 use candle_core::{Device, Tensor, Var};
@@ -103,7 +104,7 @@ fn clipping_scales_down_and_never_up() {
 
 fn golden() -> BTreeMap<String, Tensor> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden/adamw.safetensors");
-    blip2::params::read_safetensors(&path).unwrap()
+    blip2::params::read_file(&path).unwrap()
 }
 
 fn with_prefix(golden: &BTreeMap<String, Tensor>, prefix: &str) -> BTreeMap<String, Tensor> {
@@ -385,7 +386,9 @@ impl Source for ToySource {
         let mut x = Vec::new();
         for &sample in &plan.samples {
             let mut rng = plan.rng(sample);
-            x.extend((0..3).map(|i| ((sample * 7 + i * 3) % 11) as f32 / 11.0 + rng.uniform() as f32));
+            x.extend(
+                (0..3).map(|i| ((sample * 7 + i * 3) % 11) as f32 / 11.0 + rng.uniform() as f32),
+            );
         }
         let y: Vec<f32> = x.chunks(3).flat_map(|x| [x[0] - x[1], 2.0 * x[2]]).collect();
         let n = plan.samples.len();
@@ -452,8 +455,8 @@ impl Task for Toy {
 /// Remembers everything, and sets the stop flag after a step.
 #[derive(Default)]
 struct Notes {
-    losses: BTreeMap<u64, u32>,
-    reports: Vec<(u64, u64, Vec<u64>)>,
+    losses: BTreeMap<u64, u64>,
+    others: BTreeMap<u64, Vec<u64>>,
     starts: Vec<u64>,
     notes: Vec<String>,
     stop_at: Option<u64>,
@@ -463,22 +466,19 @@ struct Notes {
 impl Monitor for Notes {
     fn start(&mut self, start: &Start) -> Result<()> {
         self.starts.push(start.step);
-        self.reports.retain(|(step, ..)| *step <= start.step);
         Ok(())
     }
 
-    fn report(&mut self, report: &Report) -> Result<()> {
-        let mut numbers = vec![report.grad_norm.to_bits(), report.lr.to_bits(), report.epoch];
-        numbers.extend(report.parts.iter().map(|(_, mean)| mean.to_bits()));
-        self.reports.push((report.step, report.loss.to_bits(), numbers));
-        Ok(())
-    }
-
-    fn tick(&mut self, step: u64, loss: f32) {
-        self.losses.insert(step, loss.to_bits());
-        if self.stop_at == Some(step) {
+    fn step(&mut self, record: &StepRecord, waiting: f64) -> Result<()> {
+        assert!((0.0..=1.0).contains(&waiting) && record.images_per_s > 0.0);
+        let mut numbers = vec![record.grad_norm.to_bits(), record.lr.to_bits()];
+        numbers.extend(record.parts.values().map(|value| value.to_bits()));
+        self.others.insert(record.step, numbers);
+        self.losses.insert(record.step, record.loss.to_bits());
+        if self.stop_at == Some(record.step) {
             self.stop.store(true, Ordering::Relaxed);
         }
+        Ok(())
     }
 
     fn note(&mut self, text: &str) {
@@ -513,7 +513,8 @@ fn sha(outcome: Outcome) -> String {
 fn a_run_stopped_at_any_step_and_resumed_ends_with_the_same_bits() {
     let dir = tempfile::tempdir().unwrap();
     let mut whole = Notes::default();
-    let hash = sha(go(&Toy::new(), &dir.path().join("whole"), Resume::No, &mut whole, &[]).unwrap());
+    let hash =
+        sha(go(&Toy::new(), &dir.path().join("whole"), Resume::No, &mut whole, &[]).unwrap());
     assert_eq!(whole.losses.len(), 60);
 
     let mut parts = Notes::default();
@@ -528,7 +529,7 @@ fn a_run_stopped_at_any_step_and_resumed_ends_with_the_same_bits() {
     assert_eq!(sha(outcome), hash);
     assert_eq!(parts.starts, [0, 1, 5, 7, 8, 29, 30, 59]);
     assert_eq!(parts.losses, whole.losses);
-    assert_eq!(parts.reports, whole.reports);
+    assert_eq!(parts.others, whole.others);
     // A finished run can be "resumed": nothing is done again.
     let again = go(&Toy::new(), &interrupted, Resume::Yes, &mut parts, &[]).unwrap();
     assert_eq!(sha(again), hash);
@@ -539,7 +540,8 @@ fn a_run_stopped_at_any_step_and_resumed_ends_with_the_same_bits() {
 fn a_run_killed_without_warning_goes_on_from_its_last_checkpoint_with_the_same_bits() {
     let dir = tempfile::tempdir().unwrap();
     let mut whole = Notes::default();
-    let hash = sha(go(&Toy::new(), &dir.path().join("whole"), Resume::No, &mut whole, &[]).unwrap());
+    let hash =
+        sha(go(&Toy::new(), &dir.path().join("whole"), Resume::No, &mut whole, &[]).unwrap());
     // A loader that fails at step 40 ends the run like a kill does: no checkpoint after step 35.
     let killed = dir.path().join("killed");
     let mut toy = Toy::new();
@@ -549,7 +551,7 @@ fn a_run_killed_without_warning_goes_on_from_its_last_checkpoint_with_the_same_b
     assert!(err.contains("is broken"), "{err}");
     assert_eq!(sha(go(&Toy::new(), &killed, Resume::Yes, &mut notes, &[]).unwrap()), hash);
     assert_eq!(notes.starts, [0, 35]);
-    assert_eq!((notes.losses, notes.reports), (whole.losses, whole.reports));
+    assert_eq!((notes.losses, notes.others), (whole.losses, whole.others));
 }
 
 #[test]
@@ -562,7 +564,8 @@ fn the_number_of_loaders_changes_nothing() {
     });
     assert_eq!(hashes[0], hashes[1]);
     assert_eq!(hashes[0], hashes[2]);
-    let other = go(&Toy::new(), &dir.path().join("seed"), Resume::No, &mut Notes::default(), &["seed=8"]);
+    let other =
+        go(&Toy::new(), &dir.path().join("seed"), Resume::No, &mut Notes::default(), &["seed=8"]);
     assert_ne!(sha(other.unwrap()), hashes[0]);
 }
 
@@ -571,7 +574,7 @@ fn training_learns() {
     let dir = tempfile::tempdir().unwrap();
     let mut notes = Notes::default();
     go(&Toy::new(), dir.path(), Resume::No, &mut notes, &["stage1.optimizer.lr=0.05"]).unwrap();
-    let loss = |step| f32::from_bits(notes.losses[&step]);
+    let loss = |step| f64::from_bits(notes.losses[&step]);
     assert!(loss(60) < 0.7 * loss(1), "{} → {}", loss(1), loss(60));
 }
 
@@ -701,7 +704,9 @@ fn a_run_with_a_damaged_checkpoint_warns_goes_on_and_ends_with_the_same_bits() {
     let outcome = go(&Toy::new(), &run, Resume::Yes, &mut notes, &[]).unwrap();
     assert_eq!(sha(outcome), sha(whole.unwrap()));
     assert_eq!(notes.starts, [42]);
-    assert!(notes.notes[0].contains("damaged checkpoint") && notes.notes[0].contains("step-00000049"));
+    assert!(
+        notes.notes[0].contains("damaged checkpoint") && notes.notes[0].contains("step-00000049")
+    );
     assert!(run.join("checkpoints/damaged-step-00000049").exists());
 }
 

@@ -99,7 +99,11 @@ fn rename(
             None => unknown.push(name),
         }
     }
-    if unknown.is_empty() { Ok(renamed) } else { Err(Error::Weights(format!("unexpected tensors {unknown:?}"))) }
+    if unknown.is_empty() {
+        Ok(renamed)
+    } else {
+        Err(Error::Weights(format!("unexpected tensors {unknown:?}")))
+    }
 }
 
 /// A row names a tensor, or a module whose `weight` and `bias` follow.
@@ -135,7 +139,10 @@ mod tests {
             found("encoder.layer.10.crossattention.self.key.bias").as_deref(),
             Some("qformer.layers.10.cross_attn.k.bias")
         );
-        assert_eq!(found("embeddings.LayerNorm.weight").as_deref(), Some("qformer.embed_norm.weight"));
+        assert_eq!(
+            found("embeddings.LayerNorm.weight").as_deref(),
+            Some("qformer.embed_norm.weight")
+        );
         assert_eq!(found("embeddings.position_ids").as_deref(), Some(""));
         assert_eq!(found("encoder.layer.1.attention.self.query_weight"), None);
     }

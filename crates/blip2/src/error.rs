@@ -33,6 +33,14 @@ pub enum Error {
     /// An argument or a configuration field out of range.
     #[error("{0}")]
     Config(String),
+    /// A part of a model could not be fetched.
+    #[error("fetching the {part}: {reason}")]
+    Fetch {
+        /// What was to be fetched, with package and version.
+        part: String,
+        /// Why it failed and what can be done.
+        reason: String,
+    },
     /// A tensor operation failed: a mismatch of shapes or types.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),

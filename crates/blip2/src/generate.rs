@@ -231,7 +231,9 @@ impl Logits {
         }
         let values: Vec<f32> = logits.flatten_all()?.to_vec1()?;
         if values.par_iter().any(|x| x.is_nan() || *x == f32::INFINITY) {
-            return Err(Error::Config("generation: the model gave logits that are NaN or ∞".into()));
+            return Err(Error::Config(
+                "generation: the model gave logits that are NaN or ∞".into(),
+            ));
         }
         Ok(Self { values, vocab })
     }

@@ -23,5 +23,6 @@ pub mod stage1;
 pub mod stage2;
 pub mod tokenizer;
 pub mod vit;
+mod vit_onnx;
 
 pub use error::{Error, Result};

@@ -10,7 +10,7 @@
 //! Letters: `b` rows, `t` new positions, `s` = cached + `t` positions, `d` width, `h` query heads,
 //! `g` key–value heads, `e` head width, `v` vocabulary.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -23,7 +23,7 @@ use candle_core::quantized::gguf_file::{Content, Value};
 use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 
-use crate::nn::KvCache;
+use crate::nn::{KvCache, mask};
 use crate::{Error, Result};
 
 /// Shape and constants of a LLaMA-like model.
@@ -137,7 +137,7 @@ impl Llama {
     /// A configuration out of range, or a tensor that is missing, unexpected, mis-shaped or not finite.
     pub fn from_hf(
         config: LlamaConfig,
-        tensors: &HashMap<String, Tensor>,
+        tensors: &BTreeMap<String, Tensor>,
         format: WeightFormat,
     ) -> Result<Self> {
         let left = tensors.keys().cloned().collect();
@@ -211,15 +211,17 @@ impl Llama {
         let flat: Vec<u32> = ids.flatten_all()?.to_vec1()?;
         let vocab = self.config.vocab_size;
         if let Some(id) = flat.iter().find(|id| **id as usize >= vocab) {
-            return Err(Error::Config(format!("token id {id} is outside the vocabulary of {vocab}")));
+            return Err(Error::Config(format!(
+                "token id {id} is outside the vocabulary of {vocab}"
+            )));
         }
         Ok(self.embeddings.rows(&flat)?.reshape((b, t, self.config.width))?)
     }
 
     /// Embeddings `(b, t, d)` to hidden states `(b, t, d)` after the last norm.
     ///
-    /// `mask` has a row of `s` per row of `x`: whether each position, cached ones first, holds
-    /// something. Positions count from 0 over what the mask shows, so padding may stand on either
+    /// `visible` has a row of `s` per row of `x`: whether each position, cached ones first, holds
+    /// something. Positions count from 0 over what is visible, so padding may stand on either
     /// side or in between; what comes out at padding itself means nothing. With a `cache`, the new
     /// keys and values are appended to it.
     ///
@@ -228,7 +230,7 @@ impl Llama {
     pub fn forward_embeds(
         &self,
         x: &Tensor,
-        mask: &[Vec<bool>],
+        visible: &[Vec<bool>],
         mut cache: Option<&mut KvCaches>,
     ) -> Result<Tensor> {
         let (b, t, d) = x.dims3()?;
@@ -239,11 +241,11 @@ impl Llama {
                 self.config.width
             )));
         }
-        if mask.len() != b || mask.iter().any(|row| row.len() != s) {
+        if visible.len() != b || visible.iter().any(|row| row.len() != s) {
             return Err(Error::Config(format!(
                 "a mask of {} rows of {} for {b} rows of {s} positions",
-                mask.len(),
-                mask.first().map_or(0, Vec::len)
+                visible.len(),
+                visible.first().map_or(0, Vec::len)
             )));
         }
         if s > self.config.max_len {
@@ -252,8 +254,8 @@ impl Llama {
                 self.config.max_len
             )));
         }
-        let positions = positions(mask, t);
-        let bias = causal_bias(mask, t)?;
+        let positions = mask::positions(visible, t);
+        let bias = mask::causal(visible, t)?;
         let mut x = x.clone();
         for (i, block) in self.blocks.iter().enumerate() {
             let cache = cache.as_mut().map(|caches| &mut caches.0[i]);
@@ -302,51 +304,6 @@ impl Block {
         let up = frozen_linear(&y, &self.up, None)?;
         Ok((x + frozen_linear(&silu_gate(&gate, &up)?, &self.down, None)?)?)
     }
-}
-
-/// Position of each of the last `t` columns: how many visible ones stand before it, row by row.
-fn positions(mask: &[Vec<bool>], t: usize) -> Vec<u32> {
-    let mut positions = Vec::with_capacity(mask.len() * t);
-    for row in mask {
-        let mut seen = 0;
-        for (i, visible) in row.iter().enumerate() {
-            if i + t >= row.len() {
-                positions.push(seen);
-            }
-            seen += u32::from(*visible);
-        }
-    }
-    positions
-}
-
-/// Additive bias `(b or 1, 1, t, s)` that hides later and masked positions; none when one query per
-/// row sees everything.
-///
-/// ```text
-///          cached │ new
-///        s: 0 1 2 │ 3 4      · visible   ▒ padding, hidden from all   x later, hidden
-/// t: 0      ▒ · · │ · x
-///    1      ▒ · · │ · ·
-/// ```
-fn causal_bias(mask: &[Vec<bool>], t: usize) -> Result<Option<Tensor>> {
-    /// Far below any score, yet finite: a padded query that sees nothing must not become NaN.
-    const HIDDEN: f32 = -1e30;
-    let s = mask.first().map_or(0, Vec::len);
-    let padded = mask.iter().flatten().any(|visible| !visible);
-    if t <= 1 && !padded {
-        return Ok(None);
-    }
-    let rows = if padded { mask.len() } else { 1 };
-    let mut bias = vec![HIDDEN; rows * t * s];
-    for (row, visible) in mask.iter().take(rows).enumerate() {
-        for i in 0..t {
-            let last = s - t + i;
-            for j in (0..=last).filter(|j| visible[*j]) {
-                bias[(row * t + i) * s + j] = 0.0;
-            }
-        }
-    }
-    Ok(Some(Tensor::from_vec(bias, (rows, 1, t, s), &Device::Cpu)?))
 }
 
 // ---- configuration -------------------------------------------------------------------------------
@@ -609,7 +566,7 @@ impl Weights for GgufWeights<'_> {
 }
 
 struct HfWeights<'a> {
-    tensors: &'a HashMap<String, Tensor>,
+    tensors: &'a BTreeMap<String, Tensor>,
     format: WeightFormat,
     left: BTreeSet<String>,
 }

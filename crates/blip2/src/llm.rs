@@ -12,9 +12,8 @@ use candle_core::{Device, Tensor};
 
 use crate::generate::StepModel;
 use crate::llama::{Gguf, KvCaches, Llama, LlamaConfig};
-use crate::params::read_file;
 use crate::tokenizer::{SpecialIds, Tokenizer};
-use crate::{Error, Result};
+use crate::{Error, Result, params};
 
 /// A frozen language model.
 #[derive(Clone)]
@@ -24,46 +23,26 @@ pub enum Llm {
 }
 
 impl Llm {
-    /// Opens a GGUF file: the model, its matrices as stored or converted to `format`, and the
-    /// tokenizer that the file carries.
+    /// Opens a language model by what `path` is: a GGUF file, which carries its tokenizer, or a folder
+    /// in Hugging Face layout (`config.json`, `model.safetensors`, `tokenizer.json`). Without a
+    /// `format` the matrices of a GGUF file stay as stored, those of a folder are kept in f32.
     ///
     /// # Errors
-    /// A file that is missing, broken, or of a family not known here; see [`Llama::from_gguf`] and
-    /// [`Tokenizer::from_gguf`].
-    pub fn from_gguf(path: &Path, format: Option<WeightFormat>) -> Result<(Self, Tokenizer)> {
-        let gguf = Gguf::open(path)?;
-        let tokenizer = Tokenizer::from_gguf(gguf.metadata())
-            .map_err(|e| Error::file(path, e.to_string()))?;
-        let llm = Self::Llama(Llama::from_gguf(&gguf, format)?);
-        if tokenizer.vocab_size() > llm.vocab_size() {
-            let (ids, rows) = (tokenizer.vocab_size(), llm.vocab_size());
+    /// A file that is missing, broken, or of a family not known here; see [`Llama::from_gguf`],
+    /// [`Llama::from_hf`] and [`Tokenizer`].
+    pub fn open(path: &Path, format: Option<WeightFormat>) -> Result<(Self, Tokenizer)> {
+        let (llama, tokenizer) = if path.is_dir() {
+            open_folder(path, format.unwrap_or(WeightFormat::F32))?
+        } else {
+            let gguf = Gguf::open(path)?;
+            let tokenizer = Tokenizer::from_gguf(gguf.metadata())
+                .map_err(|e| Error::file(path, e.to_string()))?;
+            (Llama::from_gguf(&gguf, format)?, tokenizer)
+        };
+        let (ids, rows) = (tokenizer.vocab_size(), llama.config().vocab_size);
+        if ids > rows {
             return Err(Error::file(path, format!("{ids} token ids but {rows} embeddings")));
         }
-        Ok((llm, tokenizer))
-    }
-
-    /// Opens a language model by what `path` is: a GGUF file, or a folder in Hugging Face layout (`config.json`,
-    /// `model.safetensors`, `tokenizer.json`). Without a `format` the matrices of a GGUF file stay as stored, those of a
-    /// folder are kept in f32.
-    ///
-    /// # Errors
-    /// A file that is missing, broken, or of a family not known here.
-    pub fn open(path: &Path, format: Option<WeightFormat>) -> Result<(Self, Tokenizer)> {
-        if !path.is_dir() {
-            return Self::from_gguf(path, format);
-        }
-        let read = |name: &str| -> Result<Vec<u8>> {
-            let path = path.join(name);
-            std::fs::read(&path).map_err(Error::io(&path))
-        };
-        let json = String::from_utf8(read("config.json")?)
-            .map_err(|e| Error::file(path.join("config.json"), e.to_string()))?;
-        let config = LlamaConfig::from_hf(&json)
-            .map_err(|e| Error::file(path.join("config.json"), e.to_string()))?;
-        let special = SpecialIds { bos: config.bos, eos: config.eos, pad: config.eos };
-        let tokenizer = Tokenizer::from_json(&read("tokenizer.json")?, special)?;
-        let tensors = read_file(&path.join("model.safetensors"))?.into_iter().collect();
-        let llama = Llama::from_hf(config, &tensors, format.unwrap_or(WeightFormat::F32))?;
         Ok((Self::Llama(llama), tokenizer))
     }
 
@@ -151,6 +130,21 @@ impl Llm {
             Self::Llama(llama) => llama.logits(hidden),
         }
     }
+}
+
+/// A LLaMA in Hugging Face layout.
+fn open_folder(folder: &Path, format: WeightFormat) -> Result<(Llama, Tokenizer)> {
+    let [config, json, weights] =
+        ["config.json", "tokenizer.json", "model.safetensors"].map(|name| folder.join(name));
+    let text = std::fs::read_to_string(&config).map_err(Error::io(&config))?;
+    let shape = LlamaConfig::from_hf(&text).map_err(|e| Error::file(&config, e.to_string()))?;
+    let bytes = std::fs::read(&json).map_err(Error::io(&json))?;
+    let special = SpecialIds { bos: shape.bos, eos: shape.eos, pad: shape.eos };
+    let tokenizer =
+        Tokenizer::from_json(&bytes, special).map_err(|e| Error::file(&json, e.to_string()))?;
+    let llama = Llama::from_hf(shape, &params::read_file(&weights)?, format)
+        .map_err(|e| Error::file(&weights, e.to_string()))?;
+    Ok((llama, tokenizer))
 }
 
 /// Decodes what follows a prompt of embeddings. The prompt is computed once per row; beams and

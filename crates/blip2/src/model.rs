@@ -11,7 +11,7 @@ use blip2_ops::{Dropout, WeightFormat};
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::assets::{self, Progress};
+use crate::assets::{self, Check, Progress};
 use crate::generate::{self, Hypothesis};
 use crate::image::{self, Normalize, Rgb};
 use crate::llm::{Llm, LlmDecoder};
@@ -164,11 +164,13 @@ impl Model {
     pub fn vision(&self, format: WeightFormat, progress: Progress<'_>) -> Result<Vision> {
         let part = &self.manifest.vision;
         let origin = match &part.weights {
-            PartFile::Mini => assets::mini_parts(progress)?.vit,
+            PartFile::Mini => assets::mini_parts(Check::Quick, progress)?.vit,
             PartFile::File(name) => self.files.describe(name),
         };
         let tensors = self.vision_tensors(progress)?;
-        let vit = Params::build(tensors, format, &origin.to_string_lossy(), |p| Vit::new(p, &part.config))?;
+        let vit = Params::build(tensors, format, &origin.to_string_lossy(), |p| {
+            Vit::new(p, &part.config)
+        })?;
         Ok(Vision { vit, normalize: part.normalize })
     }
 
@@ -176,7 +178,11 @@ impl Model {
     ///
     /// # Errors
     /// If there is none, or its weights can't be found or don't fit.
-    pub fn llm(&self, format: Option<WeightFormat>, progress: Progress<'_>) -> Result<(Llm, Tokenizer)> {
+    pub fn llm(
+        &self,
+        format: Option<WeightFormat>,
+        progress: Progress<'_>,
+    ) -> Result<(Llm, Tokenizer)> {
         Llm::open(&self.llm_path(progress)?, format)
     }
 
@@ -184,8 +190,16 @@ impl Model {
     ///
     /// # Errors
     /// If the model has no stage-2 part, or weights don't fit.
-    pub fn captioner(&self, format: Option<WeightFormat>, progress: Progress<'_>) -> Result<Captioner> {
-        let part = self.manifest.stage2.clone().ok_or_else(|| self.lacks("stage-2 part (captions, answers)"))?;
+    pub fn captioner(
+        &self,
+        format: Option<WeightFormat>,
+        progress: Progress<'_>,
+    ) -> Result<Captioner> {
+        let part = self
+            .manifest
+            .stage2
+            .clone()
+            .ok_or_else(|| self.lacks("stage-2 part (captions, answers)"))?;
         let vision = self.vision(format.unwrap_or(WeightFormat::F32), &mut *progress)?;
         let (llm, tokenizer) = self.llm(format, progress)?;
         let bridge = self.build(&part.weights, format, |p| Stage2::new(p, &part.config))?;
@@ -197,7 +211,11 @@ impl Model {
     /// # Errors
     /// If the model has no stage-1 part, or weights don't fit.
     pub fn matcher(&self, format: Option<WeightFormat>, progress: Progress<'_>) -> Result<Matcher> {
-        let part = self.manifest.stage1.clone().ok_or_else(|| self.lacks("stage-1 part (match, embed)"))?;
+        let part = self
+            .manifest
+            .stage1
+            .clone()
+            .ok_or_else(|| self.lacks("stage-1 part (match, embed)"))?;
         let vision = self.vision(format.unwrap_or(WeightFormat::F32), progress)?;
         let bridge = self.build(&part.weights, format, |p| Stage1::new(p, &part.config))?;
         let tokenizer = Tokenizer::from_wordpiece_vocab(&self.files.read(&part.vocab)?)?;
@@ -210,7 +228,7 @@ impl Model {
     /// If its weights can't be found or are damaged.
     pub fn vision_tensors(&self, progress: Progress<'_>) -> Result<BTreeMap<String, Tensor>> {
         match &self.manifest.vision.weights {
-            PartFile::Mini => params::read_file(&assets::mini_parts(progress)?.vit),
+            PartFile::Mini => params::read_file(&assets::mini_parts(Check::Quick, progress)?.vit),
             PartFile::File(name) => self.weights(name),
         }
     }
@@ -222,7 +240,7 @@ impl Model {
     pub fn llm_path(&self, progress: Progress<'_>) -> Result<PathBuf> {
         let part = self.manifest.llm.as_ref().ok_or_else(|| self.lacks("language model"))?;
         Ok(match &part.weights {
-            PartFile::Mini => assets::mini_parts(progress)?.llm_gguf,
+            PartFile::Mini => assets::mini_parts(Check::Quick, progress)?.llm_gguf,
             PartFile::File(name) => self.files.describe(name),
         })
     }
@@ -307,7 +325,9 @@ impl Captioner {
     #[must_use]
     pub fn question_prompt(&self, history: &[(&str, &str)], question: &str) -> String {
         let ask = |question: &str| self.part.question_prompt.replacen("{}", question.trim(), 1);
-        let turns = history.iter().map(|(question, answer)| format!("{} {}. ", ask(question), answer.trim()));
+        let turns = history
+            .iter()
+            .map(|(question, answer)| format!("{} {}. ", ask(question), answer.trim()));
         turns.collect::<String>() + &ask(question)
     }
 
@@ -339,7 +359,8 @@ impl Captioner {
             return Err(Error::Config(format!("{} prompts for {b} pictures", prompts.len())));
         }
         let soft = self.bridge.soft_words(patches, &Dropout::off())?;
-        let ids = prompts.iter().map(|p| prompt_ids(&self.tokenizer, p)).collect::<Result<Vec<_>>>()?;
+        let ids =
+            prompts.iter().map(|p| prompt_ids(&self.tokenizer, p)).collect::<Result<Vec<_>>>()?;
         let (embeds, mask) = join_left_padded(&soft, &ids, &self.llm)?;
         let mut options = options.clone();
         if options.eos.is_empty() {
@@ -375,7 +396,11 @@ pub fn prompt_ids(tokenizer: &Tokenizer, prompt: &str) -> Result<Vec<u32>> {
 }
 
 /// Soft words (b, q, l) in front of each row's prompt, padded on the left: embeddings (b, t, l) and which are real.
-fn join_left_padded(soft: &Tensor, prompts: &[Vec<u32>], llm: &Llm) -> Result<(Tensor, Vec<Vec<bool>>)> {
+fn join_left_padded(
+    soft: &Tensor,
+    prompts: &[Vec<u32>],
+    llm: &Llm,
+) -> Result<(Tensor, Vec<Vec<bool>>)> {
     let (_, q, width) = soft.dims3()?;
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
     let (mut rows, mut mask) = (Vec::new(), Vec::new());
@@ -421,13 +446,17 @@ impl Matcher {
         let batch = self.tokenize(texts)?;
         let (ids, tokens) = (&batch.ids, batch.mask_tensor()?);
         let image = self.bridge.image(&self.vision.encode(pictures)?, &off)?;
-        let cosines = stage1::similarity(&image.embeds, &self.bridge.text(ids, &tokens, &off)?)?.to_vec2::<f32>()?;
+        let cosines = stage1::similarity(&image.embeds, &self.bridge.text(ids, &tokens, &off)?)?
+            .to_vec2::<f32>()?;
         let mut scores = Vec::with_capacity(pictures.len());
         for (i, cosines) in cosines.into_iter().enumerate() {
             // One picture with every text: each row of the batch is the same picture.
             let picture = image.picture.select(&vec![i as u32; texts.len()])?;
-            let matched = stage1::match_probability(&self.bridge.itm(&picture, ids, &tokens, &off)?)?;
-            scores.push(matched.into_iter().zip(cosines).map(|(itm, itc)| Score { itm, itc }).collect());
+            let matched =
+                stage1::match_probability(&self.bridge.itm(&picture, ids, &tokens, &off)?)?;
+            scores.push(
+                matched.into_iter().zip(cosines).map(|(itm, itc)| Score { itm, itc }).collect(),
+            );
         }
         Ok(scores)
     }
@@ -454,8 +483,9 @@ impl Matcher {
     /// # Errors
     /// If a text is too long for the tokenizer.
     pub fn tokenize(&self, texts: &[&str]) -> Result<TextBatch> {
-        let padding = Padding { max_len: self.max_text_len, side: Side::Right, width: Width::Longest };
-        self.tokenizer.encode_batch(texts, padding, true)
+        let padding =
+            Padding { max_len: self.max_text_len, side: Side::Right, width: Width::Longest };
+        self.tokenizer.encode_batch(texts, true, padding)
     }
 
     /// The stage-1 bridge, for callers that keep features.

@@ -260,7 +260,8 @@ pub fn read_file(path: &Path) -> Result<BTreeMap<String, Tensor>> {
 /// If the bytes are neither, or damaged.
 pub fn read_weights(bytes: &[u8], path: &Path) -> Result<BTreeMap<String, Tensor>> {
     if bytes.starts_with(b"GGUF") {
-        return read_gguf(bytes).map_err(|err| Error::file(path, format!("not a readable GGUF file: {err}")));
+        return read_gguf(bytes)
+            .map_err(|err| Error::file(path, format!("not a readable GGUF file: {err}")));
     }
     let tensors = candle_core::safetensors::load_buffer(bytes, &Device::Cpu)
         .map_err(|err| Error::file(path, format!("not a readable safetensors file: {err}")))?;
@@ -279,12 +280,19 @@ pub fn shapes(path: &Path) -> Result<BTreeMap<String, Vec<usize>>> {
     std::io::Read::read_exact(&mut reader, &mut magic).map_err(Error::io(&path))?;
     if &magic != b"GGUF" {
         let tensors = read_file(&path)?;
-        return Ok(tensors.iter().map(|(name, tensor)| (name.clone(), tensor.dims().to_vec())).collect());
+        return Ok(tensors
+            .iter()
+            .map(|(name, tensor)| (name.clone(), tensor.dims().to_vec()))
+            .collect());
     }
     std::io::Seek::rewind(&mut reader).map_err(Error::io(&path))?;
     let content = gguf_file::Content::read(&mut reader)
         .map_err(|err| Error::file(&path, format!("not a readable GGUF file: {err}")))?;
-    Ok(content.tensor_infos.iter().map(|(name, info)| (name.clone(), info.shape.dims().to_vec())).collect())
+    Ok(content
+        .tensor_infos
+        .iter()
+        .map(|(name, info)| (name.clone(), info.shape.dims().to_vec()))
+        .collect())
 }
 
 fn read_gguf(bytes: &[u8]) -> candle_core::Result<BTreeMap<String, Tensor>> {
@@ -294,7 +302,8 @@ fn read_gguf(bytes: &[u8]) -> candle_core::Result<BTreeMap<String, Tensor>> {
     names
         .into_iter()
         .map(|name| {
-            let tensor = content.tensor(&mut reader, &name, &Device::Cpu)?.dequantize(&Device::Cpu)?;
+            let tensor =
+                content.tensor(&mut reader, &name, &Device::Cpu)?.dequantize(&Device::Cpu)?;
             Ok((name, tensor))
         })
         .collect()

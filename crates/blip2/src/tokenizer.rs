@@ -111,12 +111,12 @@ impl TextBatch {
         Ok(Self { ids: Tensor::from_vec(ids, (rows.len(), t), &Device::Cpu)?, mask })
     }
 
-    /// The mask as a `(b, t)` u32 tensor of ones and zeros.
+    /// The mask as a `(b, t)` u8 tensor of ones and zeros.
     ///
     /// # Errors
     /// None that a caller can cause.
     pub fn mask_tensor(&self) -> Result<Tensor> {
-        let flat: Vec<u32> = self.mask.iter().flatten().map(|m| u32::from(*m)).collect();
+        let flat: Vec<u8> = self.mask.iter().flatten().map(|m| u8::from(*m)).collect();
         Ok(Tensor::from_vec(flat, self.ids.shape(), &Device::Cpu)?)
     }
 }
@@ -166,9 +166,7 @@ impl Tokenizer {
         }
         let pre: PreTokenizerWrapper = match meta.string("tokenizer.ggml.pre")? {
             // Digits one by one, then GPT-2's own pattern.
-            "smollm" => {
-                Sequence::new(vec![Digits::new(true).into(), byte_level().into()]).into()
-            }
+            "smollm" => Sequence::new(vec![Digits::new(true).into(), byte_level().into()]).into(),
             "gpt-2" | "default" => byte_level().into(),
             other => {
                 return Err(Error::Tokenizer(format!(
@@ -250,8 +248,8 @@ impl Tokenizer {
     pub fn encode_batch<S: AsRef<str>>(
         &self,
         texts: &[S],
-        padding: Padding,
         special: bool,
+        padding: Padding,
     ) -> Result<TextBatch> {
         let around = if special { self.prefix.len() + self.suffix.len() } else { 0 };
         if padding.max_len <= around {

@@ -7,7 +7,8 @@ use candle_core::{Device, Tensor};
 
 use crate::Result;
 
-/// The features of all ranks, without gradient, in rank order.
+/// The features of all ranks, in rank order. From other ranks they carry no gradient, and then the local ones among them
+/// don't either; a single process passes its own features, gradient and all, as the reference does.
 pub struct Gathered<'a> {
     /// Pictures (n, q, e).
     pub images: &'a Tensor,
@@ -40,8 +41,8 @@ pub fn itc(
     temp: &Tensor,
     smoothing: f32,
 ) -> Result<Itc> {
-    let sim_i2t = similarity(images, &all.texts.detach())?.broadcast_div(temp)?;
-    let sim_t2i = similarity(&all.images.detach(), texts)?.t()?.broadcast_div(temp)?;
+    let sim_i2t = similarity(images, all.texts)?.broadcast_div(temp)?;
+    let sim_t2i = similarity(all.images, texts)?.t()?.broadcast_div(temp)?;
     let b = images.dim(0)?;
     let both = match all.image_ids {
         None => {

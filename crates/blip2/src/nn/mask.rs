@@ -50,6 +50,52 @@ pub fn multimodal_causal(mask: &Tensor, before: usize) -> Result<Tensor> {
     Ok(Tensor::from_vec(bias, (rows.len(), 1, t, before + t), &Device::Cpu)?)
 }
 
+/// Causal, for a language model of which only the last `t` positions are new: each sees the visible ones up to itself.
+/// `visible`, b rows of s positions → bias (b or 1, 1, t, s); none if one query per row sees everything.
+///
+/// ```text
+///         cached   new
+/// t 0   [ 0 1 1 │ 1 0 ]     column 0 is padding on the left
+///   1   [ 0 1 1 │ 1 1 ]
+/// ```
+///
+/// # Errors
+/// If the rows differ in length or are shorter than `t`.
+pub fn causal(visible: &[Vec<bool>], t: usize) -> Result<Option<Tensor>> {
+    let s = visible.first().map_or(0, Vec::len);
+    if s < t || visible.iter().any(|row| row.len() != s) {
+        return Err(Error::Config(format!("a mask of {s} columns, not all equal, for {t} positions")));
+    }
+    let padded = visible.iter().flatten().any(|seen| !seen);
+    if t <= 1 && !padded {
+        return Ok(None);
+    }
+    let rows = if padded { visible.len() } else { 1 };
+    let mut bias = Vec::with_capacity(rows * t * s);
+    for row in &visible[..rows] {
+        for last in s - t..s {
+            bias.extend((0..s).map(|j| if j <= last && row[j] { 0.0 } else { HIDDEN }));
+        }
+    }
+    Ok(Some(Tensor::from_vec(bias, (rows, 1, t, s), &Device::Cpu)?))
+}
+
+/// The position of each of the last `t` columns, row after row: how many visible ones stand before it.
+#[must_use]
+pub fn positions(visible: &[Vec<bool>], t: usize) -> Vec<u32> {
+    let mut positions = Vec::with_capacity(visible.len() * t);
+    for row in visible {
+        let mut before = 0;
+        for (i, seen) in row.iter().enumerate() {
+            if i + t >= row.len() {
+                positions.push(before);
+            }
+            before += u32::from(*seen);
+        }
+    }
+    positions
+}
+
 fn rows(mask: &Tensor) -> Result<Vec<Vec<u8>>> {
     mask.to_dtype(DType::U8).and_then(|mask| mask.to_vec2::<u8>()).map_err(|_| {
         Error::Config(format!(

@@ -1,0 +1,620 @@
+//! The two stages as [`Task`]s: a recipe's pictures, texts and model, ready for the loop.
+//!
+//! ```text
+//! runs/NAME/model/            the model folder (see [`crate::parts`])
+//!           stage1/ stage2/   each stage's run: checkpoints, logs, model.safetensors
+//! ```
+//!
+//! [`train_recipe`] is the whole of `blip2 train`: it opens data and parts, fills the feature cache, trains each stage
+//! that the recipe has and puts the results into the model folder.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use blip2::assets::Progress;
+use blip2::image::{self, Pixels, Rgb};
+use blip2::llm::Llm;
+use blip2::model::{Vision, prompt_ids};
+use blip2::params::{self, ParamStore};
+use blip2::stage1::{Stage1, Stage1Config};
+use blip2::stage2::{Stage2, Stage2Config};
+use blip2::tokenizer::{Padding, Side, Tokenizer, Width};
+use blip2_ops::{Communicator, SingleProcess, WeightFormat};
+use candle_core::{DType, Tensor};
+use rayon::prelude::*;
+use serde_json::json;
+
+use crate::augment::Augment;
+use crate::checkpoint::sha256;
+use crate::data::{Dataset, Meta, text::pre_caption};
+use crate::features::{Build, FeatureCache, FeatureShape};
+use crate::order::{BatchPlan, purpose};
+use crate::parts::{Base, llm_format};
+use crate::recipe::{CaptionChoice, Recipe, RecipeFile, Stage, Stage2Init};
+use crate::rng::Rng;
+use crate::steps::{self, LlmText, Stage1Batch, StepContext, Texts};
+use crate::trainer::{Draws, MODEL, Monitor, Outcome, Resume, Run, Source, StepOutput, Task, train};
+use crate::{Error, Result, init};
+
+/// The reference cuts captions at this many words.
+const MAX_WORDS: usize = 50;
+
+// ------------------------------------------------------------------------------------------ pictures
+
+/// Training pictures: a split of the data with captions in memory, and its feature cache if the recipe wants one.
+pub struct Pictures {
+    dataset: Dataset,
+    metas: Vec<Meta>,
+    augment: Augment,
+    cache: Option<FeatureCache>,
+    captions: CaptionChoice,
+    hash: String,
+}
+
+/// What a batch shows.
+pub enum Shown {
+    /// Image-encoder output (b, tokens, width), from the cache.
+    Features(Tensor),
+    /// Augmented pictures, to be encoded in the step.
+    Pictures(Vec<Rgb>),
+}
+
+impl Pictures {
+    /// Opens a split, reads its captions and hashes them.
+    ///
+    /// # Errors
+    /// If the shards can't be read.
+    pub fn open(recipe: &Recipe, split: &str, side: usize) -> Result<Self> {
+        let dataset = Dataset::open_split(&recipe.data.dir, split)?;
+        let metas = (0..dataset.len()).map(|i| dataset.meta(i)).collect::<Result<Vec<_>>>()?;
+        let hash = data_hash(&dataset, &metas, &recipe.data.dir, split)?;
+        let [low, high] = recipe.augment.scale;
+        let [narrow, wide] = recipe.augment.ratio;
+        let augment = Augment {
+            side: side as u32,
+            scale: (low, high),
+            ratio: (narrow, wide),
+            flip: recipe.augment.flip,
+        };
+        Ok(Self { dataset, metas, augment, cache: None, captions: recipe.data.captions, hash })
+    }
+
+    /// Every caption, for a vocabulary.
+    pub fn texts(&self) -> impl Iterator<Item = &str> {
+        self.metas.iter().flat_map(Meta::all_captions)
+    }
+
+    /// The number of pictures.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.metas.len()
+    }
+
+    /// Never true: a split without samples can't be opened.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.metas.is_empty()
+    }
+
+    /// Fills and opens the feature cache, if the recipe has one. False if it was asked to stop.
+    ///
+    /// # Errors
+    /// If a picture can't be decoded, or the disk fails.
+    pub fn encode(
+        &mut self,
+        recipe: &Recipe,
+        base: &Base,
+        vision: &Vision,
+        progress: &mut dyn FnMut(u64, u64),
+        stop: &AtomicBool,
+    ) -> Result<bool> {
+        let section = &recipe.features;
+        if section.views == 0 {
+            return Ok(true);
+        }
+        let shape = FeatureShape {
+            samples: self.len(),
+            views: section.views,
+            tokens: vision.config().num_tokens(),
+            width: vision.config().width,
+        };
+        let key = json!({
+            "encoder": base.vision_key, "data": self.hash, "augment": recipe.augment, "seed": section.seed,
+        });
+        let mut encode = |view: u32, samples: &[usize]| -> Result<Tensor> {
+            let pictures = samples
+                .par_iter()
+                .map(|&sample| self.view(sample, view, section.seed))
+                .collect::<Result<Vec<_>>>()?;
+            Ok(vision.encode(&pictures)?)
+        };
+        let mut build =
+            Build { batch: section.batch_size, encode: &mut encode, progress, stop };
+        let cache = FeatureCache::open(&section.dir, &key, shape, &mut build)?;
+        self.cache = cache;
+        Ok(self.cache.is_some())
+    }
+
+    /// View 0 is the whole picture, the others are augmented.
+    fn view(&self, sample: usize, view: u32, seed: u64) -> Result<Rgb> {
+        let picture = self.picture(sample)?;
+        if view == 0 {
+            return Ok(picture);
+        }
+        let seed = Rng::new(seed, &[purpose::VIEW]).bits();
+        let flip = self.metas[sample].flip;
+        self.augment.apply(&picture, seed, view.into(), sample as u64, flip)
+    }
+
+    fn picture(&self, sample: usize) -> Result<Rgb> {
+        let found = self.dataset.get(sample)?;
+        image::decode(&found.image, Pixels::default())
+            .map_err(|err| Error::Data(format!("sample {}: {err}", found.key)))
+    }
+
+    /// What `plan` shows.
+    fn load(&self, plan: &BatchPlan) -> Result<Shown> {
+        if let Some(cache) = &self.cache {
+            return Ok(Shown::Features(cache.read(cache.view_of(plan.epoch), &plan.samples)?));
+        }
+        let seed = Rng::new(plan.seed, &[purpose::SAMPLE]).bits();
+        let picture = |&sample: &usize| {
+            let flip = self.metas[sample].flip;
+            self.augment.apply(&self.picture(sample)?, seed, plan.epoch, sample as u64, flip)
+        };
+        Ok(Shown::Pictures(plan.samples.iter().map(picture).collect::<Result<_>>()?))
+    }
+
+    fn caption(&self, sample: usize, rng: &mut Rng) -> String {
+        let all = self.metas[sample].all_captions();
+        let index = match self.captions {
+            CaptionChoice::First => 0,
+            CaptionChoice::Random => rng.below(all.len()),
+        };
+        pre_caption(all[index], MAX_WORDS)
+    }
+}
+
+/// Hash of keys, captions and shard sizes. Picture bytes are covered by the shards' sizes only: hashing gigabytes at
+/// every start would cost minutes.
+fn data_hash(dataset: &Dataset, metas: &[Meta], dir: &Path, split: &str) -> Result<String> {
+    let mut text = String::new();
+    let mut shards: Vec<PathBuf> = std::fs::read_dir(dir)
+        .map_err(Error::io(dir))?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.extension().is_some_and(|ext| ext == "tar"))
+        .collect();
+    shards.sort();
+    for path in shards {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if name.starts_with(&format!("{split}-")) {
+            let len = std::fs::metadata(&path).map_err(Error::io(&path))?.len();
+            text += &format!("{name} {len}\n");
+        }
+    }
+    for (i, meta) in metas.iter().enumerate() {
+        let json = serde_json::to_string(meta).map_err(|err| Error::Data(err.to_string()))?;
+        text += &format!("{} {json}\n", dataset.key(i).unwrap_or_default());
+    }
+    Ok(sha256(text.as_bytes()))
+}
+
+fn patches(shown: &Shown, vision: Option<&Vision>) -> Result<Tensor> {
+    match (shown, vision) {
+        (Shown::Features(features), _) => Ok(features.clone()),
+        (Shown::Pictures(pictures), Some(vision)) => Ok(vision.encode(pictures)?),
+        (Shown::Pictures(_), None) => {
+            Err(Error::Training("pictures came in, but no image encoder is loaded".into()))
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------- stage 1
+
+/// Stage 1: the bridge learns which pictures and texts belong together.
+pub struct Stage1Task<'a> {
+    source: Stage1Source<'a>,
+    vision: Option<&'a Vision>,
+    params: ParamStore,
+    model: Stage1,
+    smoothing: f32,
+}
+
+/// Loads pictures with captions.
+pub struct Stage1Source<'a> {
+    pictures: &'a Pictures,
+    tokenizer: Tokenizer,
+    padding: Padding,
+    same_caption_matches: bool,
+    has_image_ids: bool,
+}
+
+/// A loaded batch of stage 1.
+pub struct Stage1Loaded {
+    shown: Shown,
+    texts: Texts,
+    image_ids: Option<Vec<i64>>,
+}
+
+impl<'a> Stage1Task<'a> {
+    /// Stage 1 of `recipe` from its beginning; a resumed run overwrites the weights. Without `vision` the pictures must
+    /// have a feature cache.
+    ///
+    /// # Errors
+    /// If the recipe is not of stage 1, or initial weights can't be read or don't fit.
+    pub fn new(
+        recipe: &Recipe,
+        base: &Base,
+        pictures: &'a Pictures,
+        config: &Stage1Config,
+        vision: Option<&'a Vision>,
+    ) -> Result<Self> {
+        let Stage::One { max_text_len, label_smoothing, same_caption_matches } = recipe.stage else {
+            return Err(Error::Recipe("not a recipe of stage 1".into()));
+        };
+        let params = ParamStore::new(base.stage1_start(config, recipe.seed)?)?;
+        let model = params.build(|p| Stage1::new(p, config))?;
+        let source = Stage1Source {
+            pictures,
+            tokenizer: base.tokenizer()?,
+            padding: Padding { max_len: max_text_len, side: Side::Right, width: Width::Longest },
+            same_caption_matches,
+            has_image_ids: pictures.metas.iter().any(|meta| meta.image_id.is_some()),
+        };
+        Ok(Self { source, vision, params, model, smoothing: label_smoothing })
+    }
+}
+
+impl Source for Stage1Source<'_> {
+    type Batch = Stage1Loaded;
+
+    fn samples(&self) -> usize {
+        self.pictures.len()
+    }
+
+    fn hash(&self) -> String {
+        self.pictures.hash.clone()
+    }
+
+    fn load(&self, plan: &BatchPlan) -> Result<Stage1Loaded> {
+        let captions: Vec<String> =
+            plan.samples.iter().map(|&i| self.pictures.caption(i, &mut plan.rng(i))).collect();
+        let batch = self.tokenizer.encode_batch(&captions, true, self.padding)?;
+        let texts =
+            Texts { tokens: batch.mask_tensor()?.to_dtype(DType::U8)?, ids: batch.ids };
+        let image_ids = if self.same_caption_matches {
+            Some(captions.iter().map(|text| text_id(text)).collect())
+        } else if self.has_image_ids {
+            Some(plan.samples.iter().map(|&i| self.image_id(i)).collect())
+        } else {
+            None
+        };
+        Ok(Stage1Loaded { shown: self.pictures.load(plan)?, texts, image_ids })
+    }
+}
+
+impl Stage1Source<'_> {
+    fn image_id(&self, sample: usize) -> i64 {
+        // A picture without an id is like no other.
+        self.pictures.metas[sample].image_id.map_or(-1 - sample as i64, |id| (id >> 1) as i64)
+    }
+}
+
+/// A number for a text: the same on every rank, different for different texts.
+fn text_id(text: &str) -> i64 {
+    let hex = sha256(text.as_bytes());
+    i64::from_str_radix(&hex[..15], 16).unwrap_or_default()
+}
+
+impl<'a> Task for Stage1Task<'a> {
+    type Source = Stage1Source<'a>;
+
+    fn source(&self) -> &Stage1Source<'a> {
+        &self.source
+    }
+
+    fn params(&self) -> &ParamStore {
+        &self.params
+    }
+
+    fn step(
+        &self,
+        batch: &Stage1Loaded,
+        draws: Draws,
+        ranks: &Arc<dyn Communicator>,
+    ) -> Result<StepOutput> {
+        let patches = patches(&batch.shown, self.vision)?;
+        let pairs = Stage1Batch {
+            patches: &patches,
+            texts: &batch.texts,
+            image_ids: batch.image_ids.as_deref(),
+        };
+        let dropout = draws.dropout();
+        let context = StepContext {
+            dropout: &dropout,
+            smoothing: self.smoothing,
+            rng: draws.negatives(),
+            ranks,
+        };
+        let losses = steps::stage1(&self.model, &pairs, context)?;
+        let parts = [("itc", &losses.itc), ("itm", &losses.itm), ("itg", &losses.itg)];
+        let parts = parts
+            .into_iter()
+            .map(|(name, loss)| Ok((name, loss.to_scalar()?)))
+            .collect::<Result<_>>()?;
+        Ok(StepOutput { loss: losses.total, parts })
+    }
+}
+
+// ------------------------------------------------------------------------------------------- stage 2
+
+/// Stage 2: the queries learn to speak to the frozen language model.
+pub struct Stage2Task<'a> {
+    source: Stage2Source<'a>,
+    vision: Option<&'a Vision>,
+    llm: Llm,
+    params: ParamStore,
+    model: Stage2,
+}
+
+/// Loads pictures with captions, or questions and answers.
+pub struct Stage2Source<'a> {
+    pictures: &'a Pictures,
+    tokenizer: Tokenizer,
+    max_text_len: usize,
+    prompt: String,
+    question_prompt: String,
+    questions: f64,
+}
+
+/// A loaded batch of stage 2.
+pub struct Stage2Loaded {
+    shown: Shown,
+    texts: Vec<LlmText>,
+}
+
+impl<'a> Stage2Task<'a> {
+    /// Stage 2 of `recipe` from its beginning, on top of stage 1's weights in the file `stage1` (or of the bridge's own
+    /// start); a resumed run overwrites the weights.
+    ///
+    /// # Errors
+    /// If the recipe is not of stage 2, or weights can't be read or don't fit.
+    pub fn new(
+        recipe: &Recipe,
+        base: &Base,
+        pictures: &'a Pictures,
+        stage1: (&Stage1Config, Option<&Path>),
+        (llm, tokenizer): (Llm, Tokenizer),
+        vision: Option<&'a Vision>,
+    ) -> Result<Self> {
+        let Stage::Two { max_text_len, prompt, question_prompt, questions, .. } = &recipe.stage else {
+            return Err(Error::Recipe("not a recipe of stage 2".into()));
+        };
+        let (stage1_config, weights) = stage1;
+        let bridge = match weights {
+            Some(path) => params::read_file(path)?,
+            None => base.stage1_start(stage1_config, recipe.seed)?,
+        };
+        let seed = Rng::new(recipe.seed, &[purpose::INIT, 2]).bits();
+        let params = ParamStore::new(init::stage2(&bridge, llm.width(), seed)?)?;
+        let config = stage2_config(stage1_config, llm.width());
+        let model = params.build(|p| Stage2::new(p, &config))?;
+        let source = Stage2Source {
+            pictures,
+            tokenizer,
+            max_text_len: *max_text_len,
+            prompt: prompt.clone(),
+            question_prompt: question_prompt.clone(),
+            questions: *questions,
+        };
+        Ok(Self { source, vision, llm, params, model })
+    }
+
+    /// The bridge's shape.
+    #[must_use]
+    pub fn config(&self) -> &Stage2Config {
+        self.model.config()
+    }
+}
+
+fn stage2_config(stage1: &Stage1Config, llm_width: usize) -> Stage2Config {
+    Stage2Config {
+        qformer: stage1.qformer.clone(),
+        llm_width,
+        ln_vision_eps: stage1.ln_vision_eps,
+    }
+}
+
+impl Source for Stage2Source<'_> {
+    type Batch = Stage2Loaded;
+
+    fn samples(&self) -> usize {
+        self.pictures.len()
+    }
+
+    fn hash(&self) -> String {
+        self.pictures.hash.clone()
+    }
+
+    fn load(&self, plan: &BatchPlan) -> Result<Stage2Loaded> {
+        let text = |&sample: &usize| self.text(sample, &mut plan.rng(sample));
+        let texts = plan.samples.iter().map(text).collect::<Result<_>>()?;
+        Ok(Stage2Loaded { shown: self.pictures.load(plan)?, texts })
+    }
+}
+
+impl Stage2Source<'_> {
+    /// A caption behind the prompt, or the answer to one of the picture's questions.
+    fn text(&self, sample: usize, rng: &mut Rng) -> Result<LlmText> {
+        let pairs = &self.pictures.metas[sample].qa;
+        // Drawn in any case, so that the caption drawn does not depend on whether there are questions.
+        let ask = rng.uniform() < self.questions;
+        if ask && !pairs.is_empty() {
+            let pair = &pairs[rng.below(pairs.len())];
+            let prompt = self.question_prompt.replacen("{}", pair.question.trim(), 1);
+            return llm_text(&self.tokenizer, &prompt, &pair.answer, self.max_text_len);
+        }
+        let caption = self.pictures.caption(sample, rng);
+        llm_text(&self.tokenizer, &self.prompt, &caption, self.max_text_len)
+    }
+}
+
+/// The ids that stage 2 trains on: what generation would be given for `prompt`, then `text` and the end token.
+///
+/// # Errors
+/// If a text is too long for the tokenizer, or the prompt leaves no room.
+pub fn llm_text(
+    tokenizer: &Tokenizer,
+    prompt: &str,
+    text: &str,
+    max_len: usize,
+) -> Result<LlmText> {
+    let mut ids = prompt_ids(tokenizer, prompt)?;
+    let prompt_len = if prompt.is_empty() { 0 } else { ids.len() };
+    if ids.len() >= max_len {
+        return Err(Error::Recipe(format!(
+            "max_text_len {max_len} leaves no room behind the prompt {prompt:?} of {} tokens",
+            ids.len()
+        )));
+    }
+    // Behind a prompt the text begins with a space, as it would in one sentence.
+    let text = if prompt.is_empty() { text.to_owned() } else { format!(" {text}") };
+    ids.extend(tokenizer.encode(&text, false)?);
+    ids.push(tokenizer.special().eos);
+    ids.truncate(max_len);
+    Ok(LlmText { ids, prompt_len })
+}
+
+impl<'a> Task for Stage2Task<'a> {
+    type Source = Stage2Source<'a>;
+
+    fn source(&self) -> &Stage2Source<'a> {
+        &self.source
+    }
+
+    fn params(&self) -> &ParamStore {
+        &self.params
+    }
+
+    fn step(
+        &self,
+        batch: &Stage2Loaded,
+        draws: Draws,
+        _ranks: &Arc<dyn Communicator>,
+    ) -> Result<StepOutput> {
+        let patches = patches(&batch.shown, self.vision)?;
+        let loss =
+            steps::stage2(&self.model, &self.llm, &patches, &batch.texts, &draws.dropout())?;
+        let value = loss.to_scalar()?;
+        Ok(StepOutput { loss, parts: vec![("lm", value)] })
+    }
+}
+
+// -------------------------------------------------------------------------------- the whole recipe
+
+/// What `blip2 train` says and asks besides the recipe.
+pub struct Session<'a> {
+    /// Folder of the run, `runs/NAME` by habit.
+    pub dir: &'a Path,
+    /// What to do with checkpoints that are already there.
+    pub resume: Resume,
+    /// Set it on Ctrl-C.
+    pub stop: &'a AtomicBool,
+    /// Told of downloads: what, bytes done, bytes in all.
+    pub download: Progress<'a>,
+    /// Told of the feature cache: pictures done, pictures in all.
+    pub encoding: &'a mut dyn FnMut(u64, u64),
+    /// Makes the monitor of a stage, given its number, its folder and its recipe.
+    pub monitor: &'a mut dyn FnMut(u32, &Path, &Recipe) -> Box<dyn Monitor>,
+}
+
+/// How [`train_recipe`] ended.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Trained {
+    /// Every stage is done.
+    Finished {
+        /// The model folder, for `--model`.
+        model: PathBuf,
+        /// Each stage's number and how it ended.
+        stages: Vec<(u32, Outcome)>,
+    },
+    /// It was asked to stop and can be resumed.
+    Stopped,
+}
+
+/// Trains every stage of a recipe whose data is there. A stage that is finished is not trained again when resumed.
+///
+/// # Errors
+/// Whatever data, parts and training run into.
+pub fn train_recipe(file: &RecipeFile, session: &mut Session<'_>) -> Result<Trained> {
+    let model_dir = session.dir.join("model");
+    let mut stages = Vec::new();
+    for recipe in file.runs() {
+        let Some(outcome) = train_stage(&recipe, &model_dir, session)? else {
+            return Ok(Trained::Stopped);
+        };
+        if let Outcome::Stopped { .. } = outcome {
+            return Ok(Trained::Stopped);
+        }
+        stages.push((recipe.stage_number(), outcome));
+    }
+    Ok(Trained::Finished { model: model_dir, stages })
+}
+
+fn train_stage(
+    recipe: &Recipe,
+    model_dir: &Path,
+    session: &mut Session<'_>,
+) -> Result<Option<Outcome>> {
+    let side = match recipe.model.vision {
+        crate::recipe::VisionSection::Random { image_size, .. } => image_size,
+        crate::recipe::VisionSection::Mini {} => blip2::vit::VitConfig::dino_s().image_size,
+    };
+    let mut pictures = Pictures::open(recipe, &recipe.data.train, side)?;
+    let base = Base::prepare(recipe, model_dir, pictures.texts(), &mut *session.download)?;
+    let vision = base.model()?.vision(WeightFormat::F32, &mut *session.download)?;
+    if !pictures.encode(recipe, &base, &vision, &mut *session.encoding, session.stop)? {
+        return Ok(None);
+    }
+    let config = base.stage1_config(&recipe.model.qformer, vision.config().width)?;
+    // With a cache the encoder has done its work, and its memory is free for training.
+    let vision = (recipe.features.views == 0).then_some(vision);
+    let number = recipe.stage_number();
+    let dir = session.dir.join(format!("stage{number}"));
+    let mut monitor = (session.monitor)(number, &dir, recipe);
+    let run =
+        Run { dir: &dir, resume: session.resume, stop: session.stop, ranks: Arc::new(SingleProcess) };
+    let outcome = match &recipe.stage {
+        Stage::One { max_text_len, .. } => {
+            let task = Stage1Task::new(recipe, &base, &pictures, &config, vision.as_ref())?;
+            let outcome = train(&task, recipe, &run, &mut *monitor)?;
+            if let Outcome::Finished { model, .. } = &outcome {
+                base.add_stage1(&config, *max_text_len, model)?;
+            }
+            outcome
+        }
+        Stage::Two { init, prompt, question_prompt, .. } => {
+            let weights = stage1_weights(init, session.dir);
+            let llm = base.model()?.llm(llm_format(&recipe.model.llm)?, &mut *session.download)?;
+            let start = (&config, weights.as_deref());
+            let task = Stage2Task::new(recipe, &base, &pictures, start, llm, vision.as_ref())?;
+            let outcome = train(&task, recipe, &run, &mut *monitor)?;
+            if let Outcome::Finished { model, .. } = &outcome {
+                base.add_stage2(task.config(), prompt, question_prompt, model)?;
+            }
+            outcome
+        }
+    };
+    Ok(Some(outcome))
+}
+
+/// The file that stage 2 starts from.
+fn stage1_weights(init: &Stage2Init, dir: &Path) -> Option<PathBuf> {
+    match init {
+        Stage2Init::None => None,
+        Stage2Init::Stage1 => Some(dir.join("stage1").join(MODEL)),
+        Stage2Init::Path(path) if path.is_dir() => Some(path.join(MODEL)),
+        Stage2Init::Path(path) => Some(path.clone()),
+    }
+}

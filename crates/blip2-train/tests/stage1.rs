@@ -1,0 +1,215 @@
+//! The Q-Former's passes and stage 1's losses, gradients and first ten steps, against LAVIS (golden/{qformer,stage1,
+//! stage1_curve}.py): odd sizes, cross-attention every third layer, five queries.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use blip2::checkpoint::from_lavis;
+use blip2::params::{ParamStore, Params, read_file};
+use blip2::qformer::QFormerConfig;
+use blip2::stage1::{Stage1, Stage1Config, similarity};
+use blip2_ops::{Communicator, Dropout, SingleProcess, WeightFormat};
+use blip2_train::optim::{AdamW, AdamWConfig, Gradients};
+use blip2_train::rng::Rng;
+use blip2_train::steps::{Negatives, Stage1Batch, Stage1Losses, StepContext, Texts, stage1_with};
+use candle_core::{DType, Tensor};
+
+type Tensors = BTreeMap<String, Tensor>;
+
+fn golden(name: &str) -> Tensors {
+    read_file(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden").join(name)).unwrap()
+}
+
+fn config() -> Stage1Config {
+    Stage1Config {
+        qformer: QFormerConfig {
+            width: 36,
+            depth: 4,
+            num_heads: 4,
+            mlp_width: 60,
+            cross_attention_freq: 3,
+            encoder_width: 22,
+            num_queries: 5,
+            vocab_size: 98,
+            max_positions: 40,
+            layer_norm_eps: 1e-12,
+            dropout: 0.1,
+        },
+        embed_dim: 10,
+        ln_vision_eps: 1e-5,
+    }
+}
+
+fn weights() -> Tensors {
+    from_lavis(golden("blip2_tiny.safetensors")).unwrap()
+}
+
+fn numbers(tensor: &Tensor) -> Vec<f32> {
+    tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// The largest difference, relative to the largest expected value.
+fn difference(found: &Tensor, expected: &Tensor) -> f32 {
+    assert_eq!(found.dims(), expected.dims());
+    let (found, expected) = (numbers(found), numbers(expected));
+    let scale = expected.iter().fold(0.0f32, |a, b| a.max(b.abs())).max(1e-6);
+    found.iter().zip(&expected).fold(0.0f32, |a, (x, y)| a.max((x - y).abs())) / scale
+}
+
+fn assert_close(what: &str, found: &Tensor, expected: &Tensor, tolerance: f32) {
+    let difference = difference(found, expected);
+    assert!(difference <= tolerance, "{what}: relative difference {difference:e}");
+}
+
+fn texts(golden: &Tensors, prefix: &str) -> Texts {
+    let ids = golden[&format!("{prefix}ids")].to_dtype(DType::U32).unwrap();
+    let tokens = golden[&format!("{prefix}mask")].to_dtype(DType::U8).unwrap();
+    Texts { ids, tokens }
+}
+
+/// Rows of real tokens only: what stands at padding means nothing.
+fn real_rows(hidden: &Tensor, tokens: &Tensor) -> Tensor {
+    let rows: Vec<u32> = numbers(tokens).iter().enumerate().filter(|(_, m)| **m > 0.0).map(|(i, _)| i as u32).collect();
+    hidden
+        .flatten(0, 1)
+        .unwrap()
+        .index_select(&Tensor::new(rows, hidden.device()).unwrap(), 0)
+        .unwrap()
+}
+
+#[test]
+fn the_three_passes_of_the_qformer_equal_lavis() {
+    let golden = golden("qformer.safetensors");
+    let model =
+        Params::build(weights(), WeightFormat::F32, "blip2_tiny", |p| Stage1::new(p, &config())).unwrap();
+    let off = Dropout::off();
+    let Texts { ids, tokens } = texts(&golden, "");
+
+    let image = model.image(&golden["image"], &off).unwrap();
+    assert_close("queries", &image.queries, &golden["query.hidden.4"], 1e-4);
+    assert_close("image features", &image.embeds, &golden["image_features"], 1e-4);
+
+    let text = model.qformer().text(&ids, &tokens, &off).unwrap();
+    assert_close("text", &real_rows(&text, &tokens), &real_rows(&golden["text.hidden.4"], &tokens), 1e-4);
+    let features = model.text(&ids, &tokens, &off).unwrap();
+    assert_close("text features", &features, &golden["text_features"], 1e-4);
+
+    let pair = model.qformer().pair(&image.picture, &ids, &tokens, &off).unwrap();
+    assert_close("pair", &pair, &golden["joint.hidden.4"].narrow(1, 0, 5).unwrap(), 1e-4);
+    let logits = model.itm(&image.picture, &ids, &tokens, &off).unwrap();
+    assert_close("itm logits", &logits, &golden["itm.logits"], 1e-4);
+
+    let itg_ids = golden["itg_inputs"].to_dtype(DType::U32).unwrap();
+    let hidden = model.itg(&image.caches, &itg_ids, &tokens, &off).unwrap();
+    assert_close("itg", &real_rows(&hidden, &tokens), &real_rows(&golden["itg.hidden.4"], &tokens), 1e-4);
+    let logits = model.qformer().lm_logits(&hidden).unwrap();
+    assert_close("itg logits", &real_rows(&logits, &tokens), &real_rows(&golden["itg.logits"], &tokens), 1e-4);
+}
+
+fn draws(golden: &Tensors, row: Option<usize>) -> Negatives {
+    let draw = |name: &str| {
+        let all = golden[name].to_dtype(DType::U32).unwrap();
+        row.map_or(all.clone(), |row| all.get(row).unwrap()).to_vec1::<u32>().unwrap()
+    };
+    Negatives { images: draw("draws_image"), texts: draw("draws_text") }
+}
+
+fn losses(
+    model: &Stage1,
+    image: &Tensor,
+    texts: &Texts,
+    image_ids: Option<&[i64]>,
+    negatives: Negatives,
+) -> Stage1Losses {
+    let ranks: Arc<dyn Communicator> = Arc::new(SingleProcess);
+    let off = Dropout::off();
+    let mut context = StepContext { dropout: &off, smoothing: 0.1, rng: Rng::new(0, &[]), ranks: &ranks };
+    let batch = Stage1Batch { patches: image, texts, image_ids };
+    stage1_with(model, &batch, &mut context, |_, _, _, _| Ok(negatives)).unwrap()
+}
+
+#[test]
+fn stage_1_losses_and_every_gradient_equal_lavis() {
+    let golden = golden("stage1.safetensors");
+    let store = ParamStore::new(weights()).unwrap();
+    let model = store.build(|p| Stage1::new(p, &config())).unwrap();
+    let texts = texts(&golden, "");
+
+    let found = losses(&model, &golden["image"], &texts, None, draws(&golden, None));
+    for (name, loss) in [("loss", &found.total), ("loss_itc", &found.itc), ("loss_itm", &found.itm), ("loss_lm", &found.itg)] {
+        assert_close(name, loss, &golden[name], 1e-4);
+    }
+
+    let grads = found.total.backward().unwrap();
+    let expected: Tensors = golden
+        .iter()
+        .filter_map(|(name, tensor)| Some((name.strip_prefix("grad.")?.to_owned(), tensor.clone())))
+        .collect();
+    let expected = from_lavis(expected).unwrap();
+    assert_eq!(expected.len(), store.vars().count());
+    for (name, var) in store.vars() {
+        let grad = grads.get(var).unwrap_or_else(|| panic!("{name} got no gradient"));
+        // The bias of attention's keys shifts every score alike: its true gradient is zero, and both sides hold noise.
+        if name.ends_with("attn.k.bias") {
+            assert!(numbers(grad).iter().all(|g| g.abs() < 1e-5), "{name} is not zero");
+            continue;
+        }
+        assert!(numbers(grad).iter().any(|g| *g != 0.0), "{name} got a zero gradient");
+        assert_close(&format!("gradient of {name}"), grad, &expected[name], 1e-3);
+    }
+}
+
+#[test]
+fn similarities_and_shared_pictures_equal_lavis() {
+    let golden = golden("stage1.safetensors");
+    let model =
+        Params::build(weights(), WeightFormat::F32, "blip2_tiny", |p| Stage1::new(p, &config())).unwrap();
+    let (off, texts) = (Dropout::off(), texts(&golden, ""));
+    let image = model.image(&golden["image"], &off).unwrap();
+    let text = model.text(&texts.ids, &texts.tokens, &off).unwrap();
+    let sim = similarity(&image.embeds, &text).unwrap().broadcast_div(model.temp()).unwrap();
+    assert_close("sim_i2t", &sim, &golden["sim_i2t"], 1e-4);
+    assert_close("sim_t2i", &sim.t().unwrap(), &golden["sim_t2i"], 1e-4);
+
+    let ids = golden["image_id"].to_vec1::<i64>().unwrap();
+    let draw = |name: &str| golden[name].to_dtype(DType::U32).unwrap().to_vec1::<u32>().unwrap();
+    let negatives = Negatives { images: draw("image_id.draws_image"), texts: draw("image_id.draws_text") };
+    let found = losses(&model, &golden["image"], &texts, Some(&ids), negatives);
+    for (name, loss) in [("loss", &found.total), ("loss_itc", &found.itc), ("loss_itm", &found.itm), ("loss_lm", &found.itg)] {
+        assert_close(name, loss, &golden[&format!("image_id.{name}")], 1e-4);
+    }
+}
+
+#[test]
+fn ten_steps_of_stage_1_equal_lavis() {
+    let golden = golden("stage1_curve.safetensors");
+    let store = ParamStore::new(weights()).unwrap();
+    let model = store.build(|p| Stage1::new(p, &config())).unwrap();
+    let config = AdamWConfig { betas: [0.9, 0.98], eps: 1e-8, weight_decay: 0.05 };
+    let mut optimizer = AdamW::new(&store, config);
+    let mut gradients = Gradients::new(&store).unwrap();
+    let expected = golden["losses"].to_vec2::<f32>().unwrap();
+    for (step, expected) in expected.iter().enumerate() {
+        let prefix = format!("batch.{}.", step % 4);
+        let batch = texts(&golden, &prefix);
+        let image = &golden[&format!("{prefix}image")];
+        let found = losses(&model, image, &batch, None, draws(&golden, Some(step)));
+        for (loss, expected) in [&found.total, &found.itc, &found.itm, &found.itg].into_iter().zip(expected) {
+            let loss = loss.to_scalar::<f32>().unwrap();
+            assert!((loss - expected).abs() <= 1e-4 * expected.abs(), "step {step}: {loss} instead of {expected}");
+        }
+        gradients.clear();
+        gradients.add(&store, &found.total.backward().unwrap(), 1.0).unwrap();
+        optimizer.step(&store, &gradients, 1e-3, 1.0).unwrap();
+    }
+    let norms: Tensors = golden
+        .iter()
+        .filter_map(|(name, norm)| Some((name.strip_prefix("norm.")?.to_owned(), norm.clone())))
+        .collect();
+    for (name, norm) in from_lavis(norms).unwrap() {
+        let found = numbers(store.get(&name).unwrap().as_tensor()).iter().map(|x| x * x).sum::<f32>().sqrt();
+        let expected = norm.to_scalar::<f32>().unwrap();
+        assert!((found - expected).abs() <= 1e-4 * expected.max(1e-3), "{name}: norm {found} instead of {expected}");
+    }
+}
