@@ -452,7 +452,7 @@ impl Background {
                 let dark = COLOURS[rng.below(8)].1;
                 RgbImage::from_fn(side, side, |x, y| {
                     let n = (f64::from(x) / cell) as u32 + (f64::from(y) / cell) as u32;
-                    Rgb(if n % 2 == 0 { [246; 3] } else { dark })
+                    Rgb(if n.is_multiple_of(2) { [246; 3] } else { dark })
                 })
             }
         }
@@ -562,7 +562,7 @@ impl Shape {
         match self {
             Self::Circle => r <= 1.0,
             Self::Square => x.abs() <= 0.92 && y.abs() <= 0.92,
-            Self::Triangle => y <= 0.85 && y >= -0.9 && x.abs() <= (y + 0.9) / 1.75,
+            Self::Triangle => (-0.9..=0.85).contains(&y) && x.abs() <= (y + 0.9) / 1.75,
             Self::Diamond => x.abs() * 1.25 + y.abs() <= 1.0,
             Self::Cross => {
                 (x.abs() <= 0.32 && y.abs() <= 0.95) || (y.abs() <= 0.32 && x.abs() <= 0.95)

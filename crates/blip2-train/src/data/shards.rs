@@ -767,8 +767,11 @@ impl ShardWriter {
         let hashed = open.tar.into_inner().map_err(Error::io(&path))?;
         let digest = sha2::Digest::finalize(hashed.hash);
         let bytes = hashed.bytes;
-        let file =
-            hashed.inner.into_inner().map_err(|e| e.into_error()).map_err(Error::io(&path))?;
+        let file = hashed
+            .inner
+            .into_inner()
+            .map_err(std::io::IntoInnerError::into_error)
+            .map_err(Error::io(&path))?;
         file.as_file().sync_all().map_err(Error::io(&path))?;
         make_readable(&file).map_err(Error::io(&path))?;
         file.persist(&path).map_err(|e| e.error).map_err(Error::io(&path))?;

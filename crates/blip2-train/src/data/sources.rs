@@ -131,7 +131,7 @@ fn stamp_phrase(caption: &str) -> Option<String> {
             phrase.truncate(at);
         }
     }
-    let phrase = phrase.strip_prefix("another ").map_or(phrase.clone(), |p| text::with_article(p));
+    let phrase = phrase.strip_prefix("another ").map_or(phrase.clone(), text::with_article);
     let phrase = phrase.strip_prefix("an hippo").map_or(phrase.clone(), |p| format!("a hippo{p}"));
     let phrase = phrase.strip_prefix("our ").map_or(phrase.clone(), |p| format!("the {p}"));
     let words = phrase.split(' ').count();
