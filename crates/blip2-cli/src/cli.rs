@@ -84,6 +84,8 @@ pub(crate) enum Verb {
     Inspect(InspectArgs),
     /// Fetch a model's parts into the cache
     Pull(PullArgs),
+    /// Write a model folder again, its bridge packed in few bits
+    Convert(ConvertArgs),
     /// Make and look at training data
     Data(DataArgs),
     /// Train from a recipe
@@ -200,6 +202,33 @@ pub(crate) struct PullArgs {
     /// `mini`, or `minilm` (the BERT that training starts from)
     #[arg(default_value = "mini")]
     pub(crate) name: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ConvertArgs {
+    /// A model folder
+    pub(crate) from: String,
+    /// The folder to write
+    pub(crate) to: PathBuf,
+    /// What matrices are kept in
+    #[arg(long, value_enum, default_value_t = BitsName::Q8)]
+    pub(crate) matrices: BitsName,
+    /// What word and position embeddings are kept in
+    #[arg(long, value_enum, default_value_t = BitsName::Q8)]
+    pub(crate) embeddings: BitsName,
+}
+
+/// In how many bits weights are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BitsName {
+    /// 16 bits
+    F16,
+    /// 8.5 bits
+    Q8,
+    /// 5.5 bits
+    Q5,
+    /// 4.5 bits
+    Q4,
 }
 
 #[derive(Debug, Args)]

@@ -3,6 +3,7 @@
 mod ask;
 mod caption;
 mod cli;
+mod convert;
 mod data;
 mod embed;
 mod eval;
@@ -50,6 +51,7 @@ fn run(cli: &Cli) -> anyhow::Result<Outcome> {
         Verb::Embed(args) => embed::run(&cli.global, args),
         Verb::Inspect(args) => inspect::run(&cli.global, args),
         Verb::Pull(args) => pull::run(args),
+        Verb::Convert(args) => convert::run(args),
         Verb::Data(args) => data::run(args),
         Verb::Train(args) => train::run(args),
         Verb::Eval(args) => eval::run(&cli.global, args),

@@ -17,6 +17,7 @@ pub mod mini;
 pub mod model;
 pub mod nn;
 pub mod onnx;
+pub mod pack;
 pub mod params;
 pub mod qformer;
 pub mod stage1;

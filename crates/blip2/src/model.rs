@@ -158,6 +158,31 @@ impl Model {
         Ok(Self { manifest, files })
     }
 
+    /// Where the model's own files are.
+    #[must_use]
+    pub fn files(&self) -> &Files {
+        &self.files
+    }
+
+    /// Names of the model's own files that hold frozen parts.
+    #[must_use]
+    pub fn frozen_files(&self) -> Vec<String> {
+        let mut names = Vec::new();
+        if let PartFile::File(name) = &self.manifest.vision.weights {
+            names.push(name.clone());
+        }
+        if let Some(LlmPart { weights: PartFile::File(name) }) = &self.manifest.llm {
+            let inside = ["config.json", "model.safetensors", "tokenizer.json"];
+            let is_folder = self.files.describe(name).is_dir();
+            if is_folder {
+                names.extend(inside.map(|file| format!("{name}/{file}")));
+            } else {
+                names.push(name.clone());
+            }
+        }
+        names
+    }
+
     /// Loads the frozen image encoder.
     ///
     /// # Errors
