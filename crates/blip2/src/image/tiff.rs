@@ -74,18 +74,18 @@ impl<'a> Directory<'a> {
     }
 
     fn short(&self, b: &[u8]) -> u16 {
-        match b {
-            &[x, y, ..] if self.little => u16::from_le_bytes([x, y]),
-            &[x, y, ..] => u16::from_be_bytes([x, y]),
-            _ => 0,
+        match b.first_chunk::<2>() {
+            Some(&b) if self.little => u16::from_le_bytes(b),
+            Some(&b) => u16::from_be_bytes(b),
+            None => 0,
         }
     }
 
     fn wide(&self, b: Option<&[u8]>) -> u32 {
-        match b {
-            Some(&[x, y, z, w, ..]) if self.little => u32::from_le_bytes([x, y, z, w]),
-            Some(&[x, y, z, w, ..]) => u32::from_be_bytes([x, y, z, w]),
-            _ => 0,
+        match b.and_then(|b| b.first_chunk::<4>()) {
+            Some(&b) if self.little => u32::from_le_bytes(b),
+            Some(&b) => u32::from_be_bytes(b),
+            None => 0,
         }
     }
 
