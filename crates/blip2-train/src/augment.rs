@@ -44,11 +44,11 @@ impl Augment {
             return Err(crate::Error::Data(format!("sample {index}: a picture of {w}x{h} pixels")));
         }
         let mut rng = Rng::new(&[seed, epoch, index, 0x0061_7567]);
-        let (x, y, cw, ch) = self.crop(w as u32, h as u32, &mut rng);
+        let (x, y, cw, ch) = self.crop(w, h, &mut rng);
         // Drawn in any case, so that a sample's crop does not depend on its flip.
         let mirror = rng.chance(self.flip);
-        let view = picture.crop(x as _, y as _, cw as _, ch as _);
-        let view = view.resize_bicubic(self.side as _, self.side as _);
+        let view = picture.crop(x, y, cw, ch);
+        let view = view.resize_bicubic(self.side, self.side);
         Ok(if mirror && may_flip { view.flip_horizontal() } else { view })
     }
 

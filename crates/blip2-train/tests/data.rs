@@ -42,8 +42,11 @@ fn file(name: &str, data: &[u8]) -> Vec<u8> {
 }
 
 fn pair(key: &str) -> Vec<u8> {
-    [file(&format!("{key}.jpg"), b"picture"), file(&format!("{key}.json"), br#"{"caption":"a cat"}"#)]
-        .concat()
+    [
+        file(&format!("{key}.jpg"), b"picture"),
+        file(&format!("{key}.json"), br#"{"caption":"a cat"}"#),
+    ]
+    .concat()
 }
 
 fn pax(records: &[(&str, &str)]) -> Vec<u8> {
@@ -104,8 +107,10 @@ fn what_was_written_comes_back() {
     }
     assert!(set.get(5).is_err());
     assert_eq!(set.tally().bad(), 0);
-    let streamed: Vec<Sample> =
-        ShardReader::open(&folder.path().join("train-00001.tar")).unwrap().map(Result::unwrap).collect();
+    let streamed: Vec<Sample> = ShardReader::open(&folder.path().join("train-00001.tar"))
+        .unwrap()
+        .map(Result::unwrap)
+        .collect();
     assert_eq!(streamed, [sample("key-2", &[2; 700]), sample("key-3", &[3; 700])]);
 }
 
@@ -207,7 +212,8 @@ fn pax_sizes_and_names_are_honoured() {
     // The header says 0 bytes, PAX says 7; a reader that believes the header reads data as a header.
     let name = format!("{}.jpg", "n".repeat(150));
     let picture =
-        [pax(&[("size", "7"), ("path", &name)]), member(b"short.jpg", b'0', 0, b"picture")].concat();
+        [pax(&[("size", "7"), ("path", &name)]), member(b"short.jpg", b'0', 0, b"picture")]
+            .concat();
     let json = br#"{"caption":"a cat"}"#;
     let json_name = format!("{}.json", "n".repeat(150));
     let json = [pax(&[("path", &json_name)]), file("short.json", json)].concat();
@@ -282,7 +288,8 @@ fn a_cut_at_any_byte_loses_only_what_was_cut() {
 
 #[test]
 fn noise_is_no_shard() {
-    let noise: Vec<u8> = (0..100_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let noise: Vec<u8> =
+        (0..100_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
     let (keys, faults) = read(&[noise]);
     assert!(keys.is_empty());
     assert_eq!(faults, BTreeMap::from([(Fault::BadHeader, 1)]));
@@ -313,7 +320,9 @@ fn shards(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     std::fs::read_dir(folder)
         .unwrap()
         .map(|entry| entry.unwrap().path())
-        .map(|p: PathBuf| (p.file_name().unwrap().to_str().unwrap().to_owned(), std::fs::read(p).unwrap()))
+        .map(|p: PathBuf| {
+            (p.file_name().unwrap().to_str().unwrap().to_owned(), std::fs::read(p).unwrap())
+        })
         .collect()
 }
 
@@ -328,7 +337,10 @@ fn the_tiny_set_is_a_function_of_its_seed() {
         shards(folder.path())
     };
     let one = made(1, 1);
-    assert_eq!(one.keys().collect::<Vec<_>>(), ["mini.json", "test-00000.tar", "train-00000.tar", "val-00000.tar"]);
+    assert_eq!(
+        one.keys().collect::<Vec<_>>(),
+        ["mini.json", "test-00000.tar", "train-00000.tar", "val-00000.tar"]
+    );
     assert_eq!(one, made(1, 3));
     assert_ne!(one["train-00000.tar"], made(2, 1)["train-00000.tar"]);
 }
@@ -398,7 +410,11 @@ fn package_errors_name_the_remedy() {
 #[test]
 fn packages_are_walked_in_memory() {
     let folder = tempfile::tempdir().unwrap();
-    let tar = [file("package/../../evil.png", b"picture"), member(b"l.png", b'2', 0, b""), file("b.txt", b"t")];
+    let tar = [
+        file("package/../../evil.png", b"picture"),
+        member(b"l.png", b'2', 0, b""),
+        file("b.txt", b"t"),
+    ];
     let tar = [tar.concat(), vec![0; 1024]].concat();
     let tgz = folder.path().join("x.tgz");
     let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
@@ -409,7 +425,9 @@ fn packages_are_walked_in_memory() {
     let deb = folder.path().join("x.deb");
     let mut archive = ar::Builder::new(Vec::new());
     for (name, bytes) in [("debian-binary", b"2.0\n".to_vec()), ("data.tar.xz", data)] {
-        archive.append(&ar::Header::new(name.into(), bytes.len() as u64), bytes.as_slice()).unwrap();
+        archive
+            .append(&ar::Header::new(name.into(), bytes.len() as u64), bytes.as_slice())
+            .unwrap();
     }
     std::fs::write(&deb, archive.into_inner().unwrap()).unwrap();
     for path in [tgz, deb] {

@@ -121,6 +121,7 @@ struct Ready {
     cutout: RgbaImage,
     /// Opaque in a rectangle: a photograph or drawing with its own background.
     framed: bool,
+    colour: Option<&'static str>,
     look: Look,
 }
 
@@ -158,12 +159,14 @@ pub fn build(config: &MiniConfig, say: &dyn Fn(&str)) -> Result<MiniReport> {
     if config.packages.is_some() {
         report.packages = package::PACKAGES.iter().map(package_report).collect();
     }
-    let known: BTreeSet<&str> = of_split(&ready, &splits, Split::Train).map(|r| r.noun.as_str()).collect();
+    let known: BTreeSet<&str> =
+        of_split(&ready, &splits, Split::Train).map(|r| r.noun.as_str()).collect();
     for split in Split::ALL {
         say(&format!("{}: composing", split.name()));
         write_split(config, split, &ready, &splits, &known, &mut report)?;
     }
-    let json = serde_json::to_vec_pretty(&report).map_err(|e| Error::Data(format!("report: {e}")))?;
+    let json =
+        serde_json::to_vec_pretty(&report).map_err(|e| Error::Data(format!("report: {e}")))?;
     write_whole(&config.out, "mini.json", &json)?;
     Ok(report)
 }
@@ -239,8 +242,7 @@ fn prepare_one(picture: &Picture) -> std::result::Result<Ready, &'static str> {
     if w.max(h) < 24 || w.max(h) > 8 * w.min(h) {
         return Err("tiny pictures and long strips");
     }
-    let cutout =
-        if w.max(h) > CUTOUT { paint::fit(&trimmed, CUTOUT) } else { trimmed };
+    let cutout = if w.max(h) > CUTOUT { paint::fit(&trimmed, CUTOUT) } else { trimmed };
     let covered = paint::coverage(&cutout);
     if covered < 0.02 {
         return Err("blank pictures");
@@ -261,6 +263,7 @@ fn prepare_one(picture: &Picture) -> std::result::Result<Ready, &'static str> {
         package: picture.package,
         style: picture.style,
         framed: covered > 0.97,
+        colour: paint::dominant_colour(&cutout),
         look: filter::look(&cutout),
         cutout,
     })
@@ -286,7 +289,10 @@ fn drop_duplicates(ready: Vec<Ready>, left_out: &mut LeftOut) -> (Vec<Ready>, Ve
         .enumerate()
         .flat_map_iter(|(i, r)| {
             let earlier = kept[..i].iter().enumerate();
-            earlier.filter(|(_, e)| e.look.near(&r.look)).map(move |(j, _)| (j, i)).collect::<Vec<_>>()
+            earlier
+                .filter(|(_, e)| e.look.near(&r.look))
+                .map(move |(j, _)| (j, i))
+                .collect::<Vec<_>>()
         })
         .collect();
     (kept, near)
@@ -320,16 +326,24 @@ fn pool_of(ready: &[Ready], splits: &[Split], split: Split) -> Pool {
         .filter(|r| !r.noun.ends_with("face") && r.cutout.width().max(r.cutout.height()) >= 48)
         .filter(|r| paint::coverage(&r.cutout) > 0.2)
         .map(|r| {
-            let says_colour = r.concept.split(' ').any(|w| paint::COLOURS.iter().any(|(n, _)| *n == w));
+            let says_colour =
+                r.concept.split(' ').any(|w| paint::COLOURS.iter().any(|(n, _)| *n == w));
             Sprite {
                 name: r.concept.clone(),
-                colour: paint::dominant_colour(&r.cutout).filter(|_| !says_colour),
+                colour: r.colour.filter(|_| !says_colour),
                 cutout: r.cutout.clone(),
                 licence: r.package.licence,
             }
         })
         .collect();
-    Pool::new(sprites, shapes_of(split))
+    let textures = of_split(ready, splits, split)
+        .filter(|r| r.style == Style::Photo)
+        .filter_map(|r| {
+            let mut rng = Rng::new(&[hash_str(&r.key), 4]);
+            Some((paint::texture(&r.cutout, &mut rng)?, r.package.licence))
+        })
+        .collect();
+    Pool::new(sprites, shapes_of(split), textures)
 }
 
 /// One sample to make.
@@ -400,7 +414,8 @@ fn write_split(
         sha256: w.sha256,
     };
     report.shards.extend(writer.finish()?.into_iter().map(shard));
-    let concepts: BTreeSet<&str> = of_split(ready, splits, split).map(|r| r.concept.as_str()).collect();
+    let concepts: BTreeSet<&str> =
+        of_split(ready, splits, split).map(|r| r.concept.as_str()).collect();
     let all = of_split(ready, splits, split).count().max(1);
     let knows = of_split(ready, splits, split).filter(|r| known.contains(r.noun.as_str())).count();
     report.concepts.insert(split.name().into(), concepts.len());
@@ -409,7 +424,13 @@ fn write_split(
     Ok(())
 }
 
-fn make(config: &MiniConfig, split: Split, job: Job, ready: &[Ready], pool: &Pool) -> Result<Sample> {
+fn make(
+    config: &MiniConfig,
+    split: Split,
+    job: Job,
+    ready: &[Ready],
+    pool: &Pool,
+) -> Result<Sample> {
     let (key, canvas, meta) = match job {
         Job::Single(i) => {
             let r = &ready[i];
@@ -418,8 +439,13 @@ fn make(config: &MiniConfig, split: Split, job: Job, ready: &[Ready], pool: &Poo
         Job::Placed(i) => {
             let r = &ready[i];
             let mut rng = Rng::new(&[config.seed, hash_str(&r.key), 2]);
-            let (canvas, background) = on_background(&r.cutout, config.side, &mut rng);
-            (format!("{}-b", r.key), canvas, single_meta(r, Some(background)))
+            let (canvas, background, licence) =
+                on_background(&r.cutout, pool, config.side, &mut rng);
+            let mut meta = single_meta(r, Some(background));
+            if let Some(licence) = licence.filter(|l| *l != meta.licence) {
+                meta.licence = format!("{} AND {licence}", meta.licence);
+            }
+            (format!("{}-b", r.key), canvas, meta)
         }
         Job::Scene(n) => {
             let key = [config.seed, split as u64, n as u64, 3];
@@ -441,7 +467,12 @@ fn on_white(cutout: &RgbaImage, side: u32) -> RgbImage {
 }
 
 /// Somewhere on a background that it stands out from.
-fn on_background(cutout: &RgbaImage, side: u32, rng: &mut Rng) -> (RgbImage, Background) {
+fn on_background(
+    cutout: &RgbaImage,
+    pool: &Pool,
+    side: u32,
+    rng: &mut Rng,
+) -> (RgbImage, Background, Option<&'static str>) {
     let mean = paint::mean_colour(cutout);
     let mut background = Background::Blur;
     for _ in 0..6 {
@@ -458,14 +489,14 @@ fn on_background(cutout: &RgbaImage, side: u32, rng: &mut Rng) -> (RgbImage, Bac
             break;
         }
     }
-    let mut canvas = background.paint(side, rng);
+    let (mut canvas, licence) = pool.ground(background, side, rng);
     let long = (rng.range(0.55, 0.9) * f64::from(side)) as u32;
     let fitted = paint::fit(cutout, long);
     let (free_x, free_y) = (side - fitted.width(), side - fitted.height());
     let x = (f64::from(free_x) * rng.range(0.2, 0.8)) as i64;
     let y = (f64::from(free_y) * rng.range(0.3, 0.9)) as i64;
     paint::paste(&mut canvas, &fitted, x, y);
-    (canvas, background)
+    (canvas, background, licence)
 }
 
 /// Captions of a single picture: the phrase, and how a person might also put it.
@@ -487,6 +518,11 @@ fn single_meta(r: &Ready, background: Option<Background>) -> Meta {
     if let (Some(place), Some(Background::Plain(colour))) = (&place, background) {
         let question = "what color is the background?".into();
         debug_assert!(place.contains(colour));
+        qa.push(QuestionAnswer { question, answer: colour.into() });
+    }
+    let says_colour = r.concept.split(' ').any(|w| paint::COLOURS.iter().any(|(n, _)| *n == w));
+    if let Some(colour) = r.colour.filter(|_| !says_colour && r.noun != "face") {
+        let question = format!("what color is the {}?", r.noun);
         qa.push(QuestionAnswer { question, answer: colour.into() });
     }
     let words = |side: &str| r.phrase.split(' ').any(|w| w == side);

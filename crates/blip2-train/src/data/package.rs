@@ -234,7 +234,9 @@ fn fetch(package: &Package, folder: &Path) -> Result<()> {
         .map_err(Error::io(work.path()))?
         .filter_map(std::result::Result::ok)
         .map(|entry| entry.path())
-        .find(|path| matches!(path.extension().and_then(OsStr::to_str), Some("deb" | "tgz" | "whl")));
+        .find(|path| {
+            matches!(path.extension().and_then(OsStr::to_str), Some("deb" | "tgz" | "whl"))
+        });
     let (true, Some(found)) = (output.status.success(), found) else {
         let stderr = String::from_utf8_lossy(&output.stderr);
         let last: Vec<&str> = stderr.lines().rev().take(4).collect();

@@ -101,7 +101,8 @@ pub fn paste(canvas: &mut RgbImage, cutout: &RgbaImage, x: i64, y: i64) {
         let a = u32::from(p.0[3]);
         let under = canvas.get_pixel_mut(tx as u32, ty as u32);
         for c in 0..3 {
-            under.0[c] = ((u32::from(p.0[c]) * a + u32::from(under.0[c]) * (255 - a) + 127) / 255) as u8;
+            under.0[c] =
+                ((u32::from(p.0[c]) * a + u32::from(under.0[c]) * (255 - a) + 127) / 255) as u8;
         }
     }
 }
@@ -116,6 +117,46 @@ pub fn jpeg(canvas: &RgbImage) -> Result<Vec<u8>> {
         .encode_image(canvas)
         .map_err(|e| Error::Data(format!("jpeg: {e}")))?;
     Ok(out)
+}
+
+/// The largest of some random squares that are opaque throughout, at least 40 px: a piece of the
+/// photographed surface (fur, leaves, metal), for backgrounds.
+pub fn texture(cutout: &RgbaImage, rng: &mut Rng) -> Option<RgbImage> {
+    let (w, h) = cutout.dimensions();
+    let most = w.min(h);
+    for attempt in 0..40 {
+        let side = f64::from(most) * (0.9 - 0.014 * f64::from(attempt));
+        let side = side as u32;
+        if side < 40 {
+            return None;
+        }
+        let x = rng.below((w - side + 1) as usize) as u32;
+        let y = rng.below((h - side + 1) as usize) as u32;
+        let square = image::imageops::crop_imm(cutout, x, y, side, side).to_image();
+        if square.pixels().all(|p| p.0[3] > 250) {
+            return Some(RgbImage::from_fn(side, side, |x, y| {
+                let p = square.get_pixel(x, y).0;
+                Rgb([p[0], p[1], p[2]])
+            }));
+        }
+    }
+    None
+}
+
+/// A background from a texture: a part of it, enlarged until it is as soft as what lies behind a
+/// photographed thing.
+pub fn from_texture(texture: &RgbImage, side: u32, rng: &mut Rng) -> RgbImage {
+    let most = texture.width().min(texture.height());
+    let part = ((f64::from(most) * rng.range(0.4, 1.0)) as u32).max(1);
+    let x = rng.below((texture.width() - part + 1) as usize) as u32;
+    let y = rng.below((texture.height() - part + 1) as usize) as u32;
+    let piece = image::imageops::crop_imm(texture, x, y, part, part).to_image();
+    let mut out =
+        image::imageops::resize(&piece, side, side, image::imageops::FilterType::CatmullRom);
+    if rng.chance(0.5) {
+        image::imageops::flip_horizontal_in_place(&mut out);
+    }
+    out
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -175,7 +216,8 @@ pub fn dominant_colour(cutout: &RgbaImage) -> Option<&'static str> {
     let (name, most) = counts.iter().max_by_key(|(name, n)| (**n, **name))?;
     let second = counts.iter().filter(|(n, _)| n != &name).map(|(_, c)| *c).max().unwrap_or(0);
     let share = |n: usize| n as f64 / all.max(1) as f64;
-    (all > 200 && share(*most) > 0.6 && share(second) < 0.17 && share(unnamed) < 0.3).then_some(name)
+    (all > 200 && share(*most) > 0.6 && share(second) < 0.17 && share(unnamed) < 0.3)
+        .then_some(name)
 }
 
 /// Mean colour of the opaque part.
@@ -330,7 +372,8 @@ impl Background {
                     let (u, v) = (f64::from(x) / s, f64::from(y) / s);
                     let n = (f64::from(y) / board).floor();
                     let edge = f64::from(y) - n * board < 1.6;
-                    let line = ((v * 130.0 + grain.at(u + n * 0.37, v) * 14.0).sin() * 0.5 + 0.5) * 0.35;
+                    let line =
+                        ((v * 130.0 + grain.at(u + n * 0.37, v) * 14.0).sin() * 0.5 + 0.5) * 0.35;
                     let t = line + tone.at((n * 0.31).fract(), 0.5) * 0.5;
                     let dark = if edge { 0.45 } else { 0.78 };
                     mix(base.map(|c| c * dark), base.map(|c| (c * 1.2).min(255.0)), t)
@@ -363,22 +406,26 @@ impl Background {
             }
             Self::Sea => {
                 let horizon = rng.range(0.25, 0.45) * s;
-                let waves = Noise::new(rng, 18);
+                let waves = Noise::new(rng, 50);
                 RgbImage::from_fn(side, side, |x, y| {
                     let (u, v) = (f64::from(x) / s, f64::from(y) / s);
                     if f64::from(y) < horizon {
-                        return mix([150.0, 200.0, 245.0], [230.0, 243.0, 253.0], f64::from(y) / horizon);
+                        return mix(
+                            [150.0, 200.0, 245.0],
+                            [230.0, 243.0, 253.0],
+                            f64::from(y) / horizon,
+                        );
                     }
-                    let t = waves.at(u, v * 3.0) * 0.7 + 0.3 * (1.0 - v);
+                    let t = waves.at(u * 0.35, v) * 0.7 + 0.3 * (1.0 - v);
                     mix([12.0, 72.0, 132.0], [80.0, 165.0, 205.0], t)
                 })
             }
             Self::Sky => {
-                let clouds = Noise::new(rng, 4);
-                let detail = Noise::new(rng, 11);
+                let clouds = Noise::new(rng, 7);
+                let detail = Noise::new(rng, 17);
                 RgbImage::from_fn(side, side, |x, y| {
                     let (u, v) = (f64::from(x) / s, f64::from(y) / s);
-                    let cloud = clouds.at(u, v * 1.6) * 0.7 + detail.at(u, v * 1.6) * 0.3;
+                    let cloud = clouds.at(u * 0.6, v) * 0.7 + detail.at(u * 0.6, v) * 0.3;
                     let blue = mix_f([70.0, 140.0, 225.0], [165.0, 208.0, 247.0], v);
                     mix(blue, [252.0, 253.0, 255.0], ((cloud - 0.5) * 4.0).clamp(0.0, 1.0))
                 })
@@ -405,7 +452,7 @@ impl Background {
                 let dark = COLOURS[rng.below(8)].1;
                 RgbImage::from_fn(side, side, |x, y| {
                     let n = (f64::from(x) / cell) as u32 + (f64::from(y) / cell) as u32;
-                    Rgb(if n % 2 == 0 { [246; 3] } else { dark })
+                    Rgb(if n.is_multiple_of(2) { [246; 3] } else { dark })
                 })
             }
         }
@@ -515,9 +562,11 @@ impl Shape {
         match self {
             Self::Circle => r <= 1.0,
             Self::Square => x.abs() <= 0.92 && y.abs() <= 0.92,
-            Self::Triangle => y <= 0.85 && y >= -0.9 && x.abs() <= (y + 0.9) / 1.75,
+            Self::Triangle => (-0.9..=0.85).contains(&y) && x.abs() <= (y + 0.9) / 1.75,
             Self::Diamond => x.abs() * 1.25 + y.abs() <= 1.0,
-            Self::Cross => (x.abs() <= 0.32 && y.abs() <= 0.95) || (y.abs() <= 0.32 && x.abs() <= 0.95),
+            Self::Cross => {
+                (x.abs() <= 0.32 && y.abs() <= 0.95) || (y.abs() <= 0.32 && x.abs() <= 0.95)
+            }
             Self::Ring => (0.58..=1.0).contains(&r),
             Self::Heart => {
                 let (x, y) = (x * 1.2, -y * 1.2 + 0.15);
@@ -544,7 +593,8 @@ impl Shape {
             let mut hits = 0u32;
             for i in 0..SUB * SUB {
                 let at = |p: u32, k: u32| {
-                    (f64::from(p) + (f64::from(k) + 0.5) / f64::from(SUB)) / f64::from(side) * 2.0 - 1.0
+                    (f64::from(p) + (f64::from(k) + 0.5) / f64::from(SUB)) / f64::from(side) * 2.0
+                        - 1.0
                 };
                 hits += u32::from(self.contains(at(px, i % SUB), at(py, i / SUB)));
             }

@@ -33,17 +33,40 @@ pub struct Pool {
     coloured: Vec<usize>,
     /// Colours and shapes that go together in this split.
     shapes: Vec<(&'static str, Shape)>,
+    /// Pieces of photographed surfaces, and their licence.
+    textures: Vec<(RgbImage, &'static str)>,
 }
 
 impl Pool {
     /// A pool; scenes are made of shapes alone while it has fewer than eight names.
-    pub fn new(sprites: Vec<Sprite>, shapes: Vec<(&'static str, Shape)>) -> Self {
+    pub fn new(
+        sprites: Vec<Sprite>,
+        shapes: Vec<(&'static str, Shape)>,
+        textures: Vec<(RgbImage, &'static str)>,
+    ) -> Self {
         let mut names: std::collections::BTreeMap<String, Vec<usize>> = Default::default();
         for (i, sprite) in sprites.iter().enumerate() {
             names.entry(sprite.name.clone()).or_default().push(i);
         }
         let coloured = (0..sprites.len()).filter(|&i| sprites[i].colour.is_some()).collect();
-        Self { sprites, names: names.into_iter().collect(), coloured, shapes }
+        Self { sprites, names: names.into_iter().collect(), coloured, shapes, textures }
+    }
+
+    /// Paints a background, with the licence of the photograph it may be made of: half of those
+    /// without a name are pieces of photographed surfaces.
+    pub fn ground(
+        &self,
+        background: Background,
+        side: u32,
+        rng: &mut Rng,
+    ) -> (RgbImage, Option<&'static str>) {
+        let photo = background == Background::Blur && rng.chance(0.6);
+        match rng.pick(&self.textures) {
+            Some((texture, licence)) if photo => {
+                (paint::from_texture(texture, side, rng), Some(licence))
+            }
+            _ => (background.paint(side, rng), None),
+        }
     }
 
     /// How many different things there are, shapes aside.
@@ -139,11 +162,16 @@ pub fn compose(key: &[u64], pool: &Pool, side: u32) -> Scene {
     let maker = Maker { pool, shapes_only };
     let (things, spots, said) = maker.make(topic, &mut rng);
     let background = suitable_background(&things, &mut rng);
-    let mut canvas = background.paint(side, &mut rng);
+    let (mut canvas, ground_licence) = pool.ground(background, side, &mut rng);
     for (thing, spot) in things.iter().zip(&spots) {
         place(&mut canvas, thing, *spot, said.flip, &mut rng);
     }
-    let meta = describe(&maker, &things, said, background, &mut rng);
+    let mut meta = describe(&maker, &things, said, background, &mut rng);
+    if let Some(licence) = ground_licence
+        && !meta.licence.contains(licence)
+    {
+        meta.licence = format!("{} AND {licence}", meta.licence);
+    }
     Scene { canvas, meta }
 }
 
@@ -272,7 +300,10 @@ impl Maker<'_> {
                 let size = rng.range(0.5, 0.72);
                 let spot = (rng.range(0.4, 0.6), rng.range(0.45, 0.6), size);
                 let mut qa = vec![("what is this?".into(), thing.a())];
-                qa.push((format!("how many {} are there?", text::plural(&thing.name)), "one".into()));
+                qa.push((
+                    format!("how many {} are there?", text::plural(&thing.name)),
+                    "one".into(),
+                ));
                 let captions = vec![thing.a()];
                 (vec![thing], vec![spot], Said { captions, qa, flip: true })
             }
@@ -289,7 +320,8 @@ impl Maker<'_> {
                 (things, spots(n, rng), Said { captions, qa, flip: true })
             }
             Topic::TwoCounts => {
-                let (n, m) = if rng.chance(0.5) { (2, 1 + rng.below(2)) } else { (1 + rng.below(3), 1) };
+                let (n, m) =
+                    if rng.chance(0.5) { (2, 1 + rng.below(2)) } else { (1 + rng.below(3), 1) };
                 let first = self.same(n, &[], rng);
                 let second = self.same(m, &[&first[0].name], rng);
                 let say = |things: &[Thing]| match things.len() {
@@ -300,7 +332,10 @@ impl Maker<'_> {
                 let mut qa = Vec::new();
                 for group in [&first, &second] {
                     let many = text::plural(&group[0].name);
-                    qa.push((format!("how many {many} are there?"), text::number(group.len()).into()));
+                    qa.push((
+                        format!("how many {many} are there?"),
+                        text::number(group.len()).into(),
+                    ));
                 }
                 let captions = vec![format!("{a} and {b}"), format!("{b} and {a}")];
                 let things: Vec<Thing> = first.into_iter().chain(second).collect();
@@ -311,7 +346,8 @@ impl Maker<'_> {
                 let first = self.thing(&[], rng);
                 let second = self.thing(&[&first.name], rng);
                 let beside = topic == Topic::Beside;
-                let (one, other) = if beside { ("to the left of", "to the right of") } else { ("above", "below") };
+                let (one, other) =
+                    if beside { ("to the left of", "to the right of") } else { ("above", "below") };
                 let size = rng.range(0.3, 0.42);
                 let spots = if beside {
                     let (y1, y2) = (rng.range(0.42, 0.62), rng.range(0.42, 0.62));
@@ -349,11 +385,12 @@ impl Maker<'_> {
                 let (big, small) = (rng.range(0.46, 0.54), rng.range(0.17, 0.23));
                 let left = rng.chance(0.5);
                 let x = if left { (0.3, 0.8) } else { (0.7, 0.2) };
-                let spots = vec![
-                    (x.0, rng.range(0.45, 0.6), big),
-                    (x.1, rng.range(0.35, 0.72), small),
-                ];
-                let (b, s) = (format!("a big {}", things[0].full()), format!("a small {}", things[1].full()));
+                let spots =
+                    vec![(x.0, rng.range(0.45, 0.6), big), (x.1, rng.range(0.35, 0.72), small)];
+                let (b, s) = (
+                    format!("a big {}", things[0].full()),
+                    format!("a small {}", things[1].full()),
+                );
                 let captions = vec![format!("{b} and {s}"), format!("{s} and {b}")];
                 let mut qa = Vec::new();
                 if alike {
@@ -383,7 +420,8 @@ impl Maker<'_> {
                 }
                 let mut second = self.coloured(rng);
                 for _ in 0..12 {
-                    let clear = !confusable(&second.name, &first.name) && second.colour != first.colour;
+                    let clear =
+                        !confusable(&second.name, &first.name) && second.colour != first.colour;
                     if clear {
                         break;
                     }

@@ -198,7 +198,11 @@ impl<R: Read + Seek> Walk<R> {
                 // unless headers announced a member.
                 self.done = true;
                 if extensions > 0 {
-                    return Some(step_error(Fault::Truncated, String::new(), "ends after a header"));
+                    return Some(step_error(
+                        Fault::Truncated,
+                        String::new(),
+                        "ends after a header",
+                    ));
                 }
                 return None;
             }
@@ -481,7 +485,8 @@ impl Iterator for ShardReader {
         let shard = self.places.shard.clone();
         let bad = |fault, detail| Bad { shard, key: place.key.clone(), fault, detail };
         let walk = &mut self.places.walk;
-        let read = walk.read_at(place.json).and_then(|json| Ok((json, walk.read_at(place.picture)?)));
+        let read =
+            walk.read_at(place.json).and_then(|json| Ok((json, walk.read_at(place.picture)?)));
         let (json, image) = match read {
             Ok(bytes) => bytes,
             Err(e) => return Some(Err(bad(Fault::Unreadable, e.to_string()))),
@@ -762,7 +767,11 @@ impl ShardWriter {
         let hashed = open.tar.into_inner().map_err(Error::io(&path))?;
         let digest = sha2::Digest::finalize(hashed.hash);
         let bytes = hashed.bytes;
-        let file = hashed.inner.into_inner().map_err(|e| e.into_error()).map_err(Error::io(&path))?;
+        let file = hashed
+            .inner
+            .into_inner()
+            .map_err(std::io::IntoInnerError::into_error)
+            .map_err(Error::io(&path))?;
         file.as_file().sync_all().map_err(Error::io(&path))?;
         make_readable(&file).map_err(Error::io(&path))?;
         file.persist(&path).map_err(|e| e.error).map_err(Error::io(&path))?;

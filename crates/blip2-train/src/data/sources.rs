@@ -124,12 +124,14 @@ fn stamp_phrase(caption: &str) -> Option<String> {
     let end = lower.find(['.', '!', '?', '(', '—', ';', ',']).unwrap_or(lower.len());
     let mut phrase = lower[..end].trim().to_owned();
     // A candy cane *is* a traditional treat…
-    for verb in [" is ", " are ", " has ", " lets ", " means ", " stands ", " carry ", " resembles "] {
+    for verb in
+        [" is ", " are ", " has ", " lets ", " means ", " stands ", " carry ", " resembles "]
+    {
         if let Some(at) = phrase.find(verb) {
             phrase.truncate(at);
         }
     }
-    let phrase = phrase.strip_prefix("another ").map_or(phrase.clone(), |p| text::with_article(p));
+    let phrase = phrase.strip_prefix("another ").map_or(phrase.clone(), text::with_article);
     let phrase = phrase.strip_prefix("an hippo").map_or(phrase.clone(), |p| format!("a hippo{p}"));
     let phrase = phrase.strip_prefix("our ").map_or(phrase.clone(), |p| format!("the {p}"));
     let words = phrase.split(' ').count();
@@ -142,13 +144,30 @@ fn stamp_phrase(caption: &str) -> Option<String> {
 
 /// Folders with pictures of things; the rest are maps, flags, buttons, patterns, icons, playing cards.
 const CLIP_FOLDERS: [&str; 17] = [
-    "animals/", "buildings/", "containers/", "education/", "electronics/", "food/", "office/",
-    "people/", "plants/", "recreation/", "science/", "tools/", "transportation/",
-    "computer/hardware/", "signs_and_symbols/weather/", "geography/astronomy/", "unsorted/",
+    "animals/",
+    "buildings/",
+    "containers/",
+    "education/",
+    "electronics/",
+    "food/",
+    "office/",
+    "people/",
+    "plants/",
+    "recreation/",
+    "science/",
+    "tools/",
+    "transportation/",
+    "computer/hardware/",
+    "signs_and_symbols/weather/",
+    "geography/astronomy/",
+    "unsorted/",
 ];
 const CLIP_NOT: [&str; 5] = [
-    "recreation/games/cards", "transportation/aiga", "transportation/roadsigns",
-    "people/clothing/pantyhose", "tools/weapons/bullet_hole",
+    "recreation/games/cards",
+    "transportation/aiga",
+    "transportation/roadsigns",
+    "people/clothing/pantyhose",
+    "tools/weapons/bullet_hole",
 ];
 
 /// Curated Open Clip Art: PNG, titled by the `dc:title` of the SVG at the same place.
@@ -158,10 +177,13 @@ const CLIP_NOT: [&str; 5] = [
 pub fn open_clip_art(png: &Path, svg: &Path, left_out: &mut LeftOut) -> Result<Vec<Picture>> {
     const PNG: &str = "usr/share/openclipart/png/";
     const SVG: &str = "usr/share/openclipart/svg/";
-    let fixes: Vec<(&str, &str)> =
-        include_str!("captions/openclipart.tsv").lines().filter_map(|l| l.split_once('\t')).collect();
+    let fixes: Vec<(&str, &str)> = include_str!("captions/openclipart.tsv")
+        .lines()
+        .filter_map(|l| l.split_once('\t'))
+        .collect();
     let wanted = |name: &str| {
-        CLIP_FOLDERS.iter().any(|f| name.starts_with(f)) && !CLIP_NOT.iter().any(|f| name.starts_with(f))
+        CLIP_FOLDERS.iter().any(|f| name.starts_with(f))
+            && !CLIP_NOT.iter().any(|f| name.starts_with(f))
     };
     let mut titles: BTreeMap<String, String> = BTreeMap::new();
     let is_svg = |name: &str| name.strip_prefix(SVG).is_some_and(wanted) && name.ends_with(".svg");
@@ -246,7 +268,14 @@ struct Emoji {
 
 /// Kinds that show no thing, or show it unrecognisably.
 const EMOJI_NOT: [&str; 8] = [
-    "country-flag", "subdivision-flag", "family", "time", "skin-tone", "keycap", "alphanum", "arrow",
+    "country-flag",
+    "subdivision-flag",
+    "family",
+    "time",
+    "skin-tone",
+    "keycap",
+    "alphanum",
+    "arrow",
 ];
 
 /// The phrase of an emoji, `None` when it is left out.
@@ -345,7 +374,10 @@ mod tests {
             ("A laptop computer.  Tap. Tap. Tap.", Some("a laptop computer")),
             ("A peacock (a male peafowl).", Some("a peacock")),
             ("An hippopotamus.", Some("a hippopotamus")),
-            ("A candy cane is a traditional Christmas treat in the United States.", Some("a candy cane")),
+            (
+                "A candy cane is a traditional Christmas treat in the United States.",
+                Some("a candy cane"),
+            ),
             ("A “Fuji” apple.", Some("a fuji apple")),
             ("Räuchermännchen", None),
         ];

@@ -16,59 +16,248 @@ pub fn pre_caption(caption: &str, max_words: usize) -> String {
 
 const ARTICLES: &[&str] = &["a", "an", "the"];
 const NUMBERS: &[&str] = &[
-    "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "some", "several",
+    "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "some",
+    "several",
 ];
 /// Where a noun phrase's head ends.
 const STOPS: &[&str] = &[
     "of", "with", "in", "on", "at", "from", "for", "and", "to", "by", "under", "over", "near",
     "behind", "inside", "into", "without", "through", "above", "below", "between", "beside", "as",
-    "worn", "holding", "wearing", "riding", "playing", "covered", "hatched", "made", "like", "that",
-    "who", "is", "against", "around", "or", "out",
+    "worn", "holding", "wearing", "riding", "playing", "covered", "hatched", "made", "like",
+    "that", "who", "is", "against", "around", "or", "out",
 ];
 /// "a bunch of grapes" shows grapes; "a cup of tea" shows a cup.
 const MEASURES: &[&str] = &[
-    "pair", "bunch", "cluster", "couple", "slice", "piece", "head", "string", "set", "group",
-    "herd", "flock", "plant", "ball", "ear", "sprig", "pile", "stack", "bouquet", "quarter", "half",
-    "bar", "loaf", "stick", "drop", "flock", "pack", "collection", "bits", "outline", "silhouette",
-    "handful", "lump", "row",
+    "pair",
+    "bunch",
+    "cluster",
+    "couple",
+    "slice",
+    "piece",
+    "head",
+    "string",
+    "set",
+    "group",
+    "herd",
+    "flock",
+    "plant",
+    "ball",
+    "ear",
+    "sprig",
+    "pile",
+    "stack",
+    "bouquet",
+    "quarter",
+    "half",
+    "bar",
+    "loaf",
+    "stick",
+    "drop",
+    "flock",
+    "pack",
+    "collection",
+    "bits",
+    "outline",
+    "silhouette",
+    "handful",
+    "lump",
+    "row",
 ];
 /// Nouns that take no article.
 const MASS: &[&str] = &[
-    "rice", "bread", "corn", "hair", "confetti", "money", "soap", "butter", "honey", "milk",
-    "water", "pasta", "spaghetti", "lettuce", "garlic", "broccoli", "ginger", "bacon", "cheese",
-    "salt", "fire", "fog", "bamboo", "food", "ice", "sake", "curry", "soup", "popcorn", "luggage",
-    "lightning", "yarn", "thread", "dna", "wind", "snow", "rain", "smoke", "wool", "paper",
-    "jewelry", "furniture", "grass", "sand", "wood", "oil", "ink", "paint", "salami", "lasagna",
-    "fondue", "lemonade", "coffee", "tea", "wine", "beer", "toast", "parsley", "algae", "knitting",
-    "measuring tape", "equipment", "makeup", "nail polish", "shaved ice", "saturn", "jupiter",
-    "mars", "venus", "pluto", "neptune", "uranus", "stonehenge", "sushi", "sashimi", "tofu", "juggling",
-    "hopscotch", "ramen", "camping", "bowling", "swimming", "hard candy", "mount fuji",
+    "rice",
+    "bread",
+    "corn",
+    "hair",
+    "confetti",
+    "money",
+    "soap",
+    "butter",
+    "honey",
+    "milk",
+    "water",
+    "pasta",
+    "spaghetti",
+    "lettuce",
+    "garlic",
+    "broccoli",
+    "ginger",
+    "bacon",
+    "cheese",
+    "salt",
+    "fire",
+    "fog",
+    "bamboo",
+    "food",
+    "ice",
+    "sake",
+    "curry",
+    "soup",
+    "popcorn",
+    "luggage",
+    "lightning",
+    "yarn",
+    "thread",
+    "dna",
+    "wind",
+    "snow",
+    "rain",
+    "smoke",
+    "wool",
+    "paper",
+    "jewelry",
+    "furniture",
+    "grass",
+    "sand",
+    "wood",
+    "oil",
+    "ink",
+    "paint",
+    "salami",
+    "lasagna",
+    "fondue",
+    "lemonade",
+    "coffee",
+    "tea",
+    "wine",
+    "beer",
+    "toast",
+    "parsley",
+    "algae",
+    "knitting",
+    "measuring tape",
+    "equipment",
+    "makeup",
+    "nail polish",
+    "shaved ice",
+    "saturn",
+    "jupiter",
+    "mars",
+    "venus",
+    "pluto",
+    "neptune",
+    "uranus",
+    "stonehenge",
+    "sushi",
+    "sashimi",
+    "tofu",
+    "juggling",
+    "hopscotch",
+    "ramen",
+    "camping",
+    "bowling",
+    "swimming",
+    "hard candy",
+    "mount fuji",
 ];
 /// Words in -s that are no plurals.
 const SINGULAR_S: &[&str] = &[
-    "bus", "cactus", "octopus", "hippopotamus", "platypus", "compass", "glass", "dress", "iris",
-    "walrus", "circus", "abacus", "syllabus", "virus", "mattress", "cross", "grass", "canvas",
-    "atlas", "lens", "tennis", "gas", "chess", "bass", "moss", "brass", "hibiscus", "crocus",
-    "lotus", "eyeglass", "waitress", "actress", "princess", "goddess", "boss", "fortress",
-    "cutlass", "species", "series", "santa claus", "claus", "mistress", "triceratops", "tyrannosaurus",
+    "bus",
+    "cactus",
+    "octopus",
+    "hippopotamus",
+    "platypus",
+    "compass",
+    "glass",
+    "dress",
+    "iris",
+    "walrus",
+    "circus",
+    "abacus",
+    "syllabus",
+    "virus",
+    "mattress",
+    "cross",
+    "grass",
+    "canvas",
+    "atlas",
+    "lens",
+    "tennis",
+    "gas",
+    "chess",
+    "bass",
+    "moss",
+    "brass",
+    "hibiscus",
+    "crocus",
+    "lotus",
+    "eyeglass",
+    "waitress",
+    "actress",
+    "princess",
+    "goddess",
+    "boss",
+    "fortress",
+    "cutlass",
+    "species",
+    "series",
+    "santa claus",
+    "claus",
+    "mistress",
+    "triceratops",
+    "tyrannosaurus",
     "rhinoceros",
 ];
 /// Things that are pairs or many: plural words without a final s, and plural-only nouns.
 const PLURALS: &[&str] = &[
-    "men", "women", "people", "children", "feet", "teeth", "mice", "geese", "sheep pair", "dice",
-    "police", "lungs", "cattle", "jeans", "pants", "dominoes",
+    "men",
+    "women",
+    "people",
+    "children",
+    "feet",
+    "teeth",
+    "mice",
+    "geese",
+    "sheep pair",
+    "dice",
+    "police",
+    "lungs",
+    "cattle",
+    "jeans",
+    "pants",
+    "dominoes",
 ];
 const IRREGULAR: &[(&str, &str)] = &[
-    ("man", "men"), ("woman", "women"), ("child", "children"), ("person", "people"),
-    ("mouse", "mice"), ("goose", "geese"), ("foot", "feet"), ("tooth", "teeth"), ("ox", "oxen"),
-    ("leaf", "leaves"), ("knife", "knives"), ("wolf", "wolves"), ("loaf", "loaves"),
-    ("calf", "calves"), ("shelf", "shelves"), ("half", "halves"), ("scarf", "scarves"),
-    ("thief", "thieves"), ("elf", "elves"), ("sheep", "sheep"), ("deer", "deer"), ("fish", "fish"),
-    ("bison", "bison"), ("moose", "moose"), ("salmon", "salmon"), ("shrimp", "shrimp"),
-    ("squid", "squid"), ("trout", "trout"), ("aircraft", "aircraft"), ("spacecraft", "spacecraft"),
-    ("cactus", "cacti"), ("tomato", "tomatoes"), ("potato", "potatoes"), ("mango", "mangoes"),
-    ("volcano", "volcanoes"), ("hero", "heroes"), ("die", "dice"), ("wapiti", "wapiti"),
-    ("mosquito", "mosquitoes"), ("buffalo", "buffaloes"),
+    ("man", "men"),
+    ("woman", "women"),
+    ("child", "children"),
+    ("person", "people"),
+    ("mouse", "mice"),
+    ("goose", "geese"),
+    ("foot", "feet"),
+    ("tooth", "teeth"),
+    ("ox", "oxen"),
+    ("leaf", "leaves"),
+    ("knife", "knives"),
+    ("wolf", "wolves"),
+    ("loaf", "loaves"),
+    ("calf", "calves"),
+    ("shelf", "shelves"),
+    ("half", "halves"),
+    ("scarf", "scarves"),
+    ("thief", "thieves"),
+    ("elf", "elves"),
+    ("sheep", "sheep"),
+    ("deer", "deer"),
+    ("fish", "fish"),
+    ("bison", "bison"),
+    ("moose", "moose"),
+    ("salmon", "salmon"),
+    ("shrimp", "shrimp"),
+    ("squid", "squid"),
+    ("trout", "trout"),
+    ("aircraft", "aircraft"),
+    ("spacecraft", "spacecraft"),
+    ("cactus", "cacti"),
+    ("tomato", "tomatoes"),
+    ("potato", "potatoes"),
+    ("mango", "mangoes"),
+    ("volcano", "volcanoes"),
+    ("hero", "heroes"),
+    ("die", "dice"),
+    ("wapiti", "wapiti"),
+    ("mosquito", "mosquitoes"),
+    ("buffalo", "buffaloes"),
 ];
 
 fn is_plural(word: &str) -> bool {
@@ -82,7 +271,8 @@ fn is_plural(word: &str) -> bool {
 pub fn article(word: &str) -> &'static str {
     const AN: [&str; 4] = ["hour", "honest", "x-ray", "f-22"];
     const A: [&str; 12] = [
-        "uni", "use", "user", "ufo", "euro", "one", "ukulele", "unicycle", "uk ", "u-", "usb", "ewe",
+        "uni", "use", "user", "ufo", "euro", "one", "ukulele", "unicycle", "uk ", "u-", "usb",
+        "ewe",
     ];
     if AN.iter().any(|p| word.starts_with(p)) {
         return "an";
@@ -109,7 +299,8 @@ pub fn with_article(phrase: &str) -> String {
     }
     let head = head_of(phrase, false);
     let tail = phrase.split(' ').take(head.0 + 1).collect::<Vec<_>>().join(" ");
-    let mass = MASS.contains(&head.1.as_str()) || MASS.iter().any(|m| tail.ends_with(m) && m.contains(' '));
+    let mass = MASS.contains(&head.1.as_str())
+        || MASS.iter().any(|m| tail.ends_with(m) && m.contains(' '));
     if mass || is_plural(&head.1) {
         return phrase.to_owned();
     }
@@ -139,7 +330,8 @@ fn head_of(phrase: &str, through: bool) -> (usize, String) {
         end += 1;
     }
     let head = words[end - 1];
-    let measured = through && end + 1 < words.len() && words[end] == "of" && MEASURES.contains(&head);
+    let measured =
+        through && end + 1 < words.len() && words[end] == "of" && MEASURES.contains(&head);
     if measured {
         let rest = words[end + 1..].join(" ");
         let (i, inner) = head_of(&rest, true);
@@ -154,9 +346,37 @@ const COLOUR_WORDS: &[&str] = &[
 
 /// Whom participles follow: "a woman swimming".
 const PERSONS: &[&str] = &[
-    "man", "woman", "person", "people", "men", "women", "boy", "girl", "child", "baby", "dog",
-    "cat", "bear", "spider", "face", "monkey", "bird", "horse", "penguin", "astronaut", "merman",
-    "kid", "couple", "hand", "fish", "cow", "lizard", "squirrel", "raccoon", "owl", "lion",
+    "man",
+    "woman",
+    "person",
+    "people",
+    "men",
+    "women",
+    "boy",
+    "girl",
+    "child",
+    "baby",
+    "dog",
+    "cat",
+    "bear",
+    "spider",
+    "face",
+    "monkey",
+    "bird",
+    "horse",
+    "penguin",
+    "astronaut",
+    "merman",
+    "kid",
+    "couple",
+    "hand",
+    "fish",
+    "cow",
+    "lizard",
+    "squirrel",
+    "raccoon",
+    "owl",
+    "lion",
 ];
 
 /// The head noun: "a sumatran tiger in the snow" → "tiger", "a bunch of grapes" → "grapes".
@@ -173,15 +393,17 @@ pub fn concept(phrase: &str) -> String {
 pub fn plural(phrase: &str) -> String {
     let (lead, noun) = phrase.rsplit_once(' ').map_or(("", phrase), |(l, n)| (l, n));
     let irregular = |n: &str| {
-        IRREGULAR.iter().find(|(one, _)| *one == n).map(|(_, many)| (*many).to_owned()).or_else(|| {
-            // "policeman" → "policemen", "starfish" → "starfish"
-            let (stem, many) = n
-                .strip_suffix("woman")
-                .map(|s| (s, "women"))
-                .or_else(|| n.strip_suffix("man").map(|s| (s, "men")))
-                .or_else(|| n.strip_suffix("fish").map(|s| (s, "fish")))?;
-            (n != "human" && n != "german").then(|| format!("{stem}{many}"))
-        })
+        IRREGULAR.iter().find(|(one, _)| *one == n).map(|(_, many)| (*many).to_owned()).or_else(
+            || {
+                // "policeman" → "policemen", "starfish" → "starfish"
+                let (stem, many) = n
+                    .strip_suffix("woman")
+                    .map(|s| (s, "women"))
+                    .or_else(|| n.strip_suffix("man").map(|s| (s, "men")))
+                    .or_else(|| n.strip_suffix("fish").map(|s| (s, "fish")))?;
+                (n != "human" && n != "german").then(|| format!("{stem}{many}"))
+            },
+        )
     };
     let many = irregular(noun).unwrap_or_else(|| {
         let before = noun.chars().rev().nth(1);
@@ -228,7 +450,8 @@ pub fn list(items: &[String]) -> String {
 /// credits, numbers, other scripts, too long or too short.
 pub fn clean_title(title: &str) -> Option<String> {
     let lower = title.to_lowercase();
-    let refuse = ["@", "http", "www.", "clipart", "openclipart", "sibmission", "submission", ".svg"];
+    let refuse =
+        ["@", "http", "www.", "clipart", "openclipart", "sibmission", "submission", ".svg"];
     if refuse.iter().any(|r| lower.contains(r)) || lower.starts_with("by ") {
         return None;
     }
@@ -257,7 +480,9 @@ pub fn clean_title(title: &str) -> Option<String> {
             if stem.len() >= 3 { stem.trim_end_matches('-').to_owned() } else { w.to_owned() }
         })
         .filter(|w| !w.is_empty() && !w.chars().all(|c| c.is_ascii_digit()))
-        .filter(|w| !["bw", "icon", "symbol", "clip", "svg", "ii", "iii", "i"].contains(&w.as_str()))
+        .filter(|w| {
+            !["bw", "icon", "symbol", "clip", "svg", "ii", "iii", "i"].contains(&w.as_str())
+        })
         .collect();
     let phrase = words.join(" ");
     let letters = phrase.chars().filter(|c| c.is_alphabetic()).count();
@@ -359,7 +584,9 @@ mod tests {
         for good in ["a cat", "a red apple", "an electric guitar", "a fire truck"] {
             assert!(is_plain_thing(good), "{good}");
         }
-        for bad in ["hair", "grapes", "a cup of tea", "a man running", "two cats", "a cat, sleeping"] {
+        for bad in
+            ["hair", "grapes", "a cup of tea", "a man running", "two cats", "a cat, sleeping"]
+        {
             assert!(!is_plain_thing(bad), "{bad}");
         }
     }
