@@ -263,8 +263,11 @@ fn every_shipped_recipe_is_valid_and_begins_with_its_command() {
     let mut count = 0;
     for entry in fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
-        let file = RecipeFile::read(&path, &[]).unwrap();
         let text = fs::read_to_string(&path).unwrap();
+        if !text.lines().any(|line| line.starts_with("[stage")) {
+            continue; // of `blip2 eval`
+        }
+        let file = RecipeFile::read(&path, &[]).unwrap();
         let name = path.file_name().unwrap().to_str().unwrap();
         let comment: String = text.lines().take_while(|line| line.starts_with('#')).collect();
         assert!(comment.contains(&format!("train recipes/{name}")), "{name}");
