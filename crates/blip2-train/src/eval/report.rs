@@ -405,7 +405,8 @@ figure { margin: 0; }
 figcaption { font-size: .8rem; color: var(--soft); overflow-wrap: anywhere; }
 .good { color: var(--good); }
 .bad { color: var(--bad); }
-@media (max-width: 40rem) { article { grid-template-columns: 1fr; } }
+@media (max-width: 40rem) { article { grid-template-columns: 1fr; } article th { width: 6rem; white-space: normal; }
+  article .number { white-space: normal; width: 7rem; } }
 ";
 
 /// Text made safe to stand in HTML, also inside double quotes.
