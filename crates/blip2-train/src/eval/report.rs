@@ -389,7 +389,7 @@ h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: 0; }
 dt, .soft { color: var(--soft); }
 dd { margin: 0; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; margin-top: 1rem; }
+.scroll { overflow-x: auto; margin-top: 1rem; white-space: nowrap; }
 table { border-collapse: collapse; }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 thead th { border-bottom-width: 2px; font-weight: 600; }
@@ -405,7 +405,8 @@ figure { margin: 0; }
 figcaption { font-size: .8rem; color: var(--soft); overflow-wrap: anywhere; }
 .good { color: var(--good); }
 .bad { color: var(--bad); }
-@media (max-width: 40rem) { article { grid-template-columns: 1fr; } }
+@media (max-width: 40rem) { article { grid-template-columns: 1fr; } article th { width: 6rem; white-space: normal; }
+  article .number { white-space: normal; width: 7rem; } }
 ";
 
 /// Text made safe to stand in HTML, also inside double quotes.
