@@ -74,9 +74,9 @@ impl<'a> Directory<'a> {
     }
 
     fn short(&self, b: &[u8]) -> u16 {
-        match b {
-            &[x, y, ..] if self.little => u16::from_le_bytes([x, y]),
-            &[x, y, ..] => u16::from_be_bytes([x, y]),
+        match *b {
+            [x, y, ..] if self.little => u16::from_le_bytes([x, y]),
+            [x, y, ..] => u16::from_be_bytes([x, y]),
             _ => 0,
         }
     }
