@@ -176,7 +176,7 @@ pub struct LlmText {
     pub prompt_len: usize,
 }
 
-/// Stage 2 (paper §3.3) for language models that only decode: [queries][text][padding], the loss on the text alone.
+/// Stage 2 (paper §3.3) for language models that only decode: queries, text, padding; the loss on the text alone.
 ///
 /// `patches` (b, p, encoder width), one text each.
 ///
