@@ -9,13 +9,14 @@ use std::process::ExitCode;
 const USAGE: &str = "\
 usage: cargo xtask CHORE
 
-  check      everything CI runs, cheapest first: fmt, tidy, deny, clippy, docs, test
+  check      everything CI runs, cheapest first: the following but `fast`
   fast       fmt, tidy and clippy: before a commit
   fmt        formatting (check only)
   tidy       the rules of this repository that no other tool knows
   deny       licences and sources of dependencies, if cargo-deny is installed
   clippy     lints, warnings are errors
   docs       documentation, warnings are errors
+  parts      the frozen parts of the mini model into the cache, for tests on real weights
   test       all tests, as in README.md";
 
 fn main() -> ExitCode {

@@ -56,6 +56,7 @@ const LIBRARY_ORDER: &[(&str, &[&str])] = &[
         ],
     ),
     ("mini", &["error", "model"]),
+    ("pack", &["error", "params", "model"]),
 ];
 
 /// The same for those modules of `blip2-train` that must stay apart; the others need only be free of cycles.

@@ -8,7 +8,8 @@ use crate::{Outcome, caption, model, output, pictures};
 
 pub(crate) fn run(global: &Global, args: &AskArgs) -> anyhow::Result<Outcome> {
     let options = args.generate.options(1)?;
-    let history = args.history.iter().map(|turn| turn_of(turn)).collect::<anyhow::Result<Vec<_>>>()?;
+    let history =
+        args.history.iter().map(|turn| turn_of(turn)).collect::<anyhow::Result<Vec<_>>>()?;
     let captioner = model::captioner(global)?;
     let prompt = captioner.question_prompt(&history, &args.question);
     let images = std::slice::from_ref(&args.image);

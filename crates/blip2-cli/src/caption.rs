@@ -18,11 +18,18 @@ pub(crate) fn run(global: &Global, args: &CaptionArgs) -> anyhow::Result<Outcome
         let captions = captioner.generate(pictures, &prompts, &options)?;
         for (path, captions) in paths.iter().zip(captions) {
             let name = path.to_string_lossy();
-            let rows = captions.iter().map(|caption| describe(&captioner, caption)).collect::<Result<Vec<_>, _>>()?;
+            let rows = captions
+                .iter()
+                .map(|caption| describe(&captioner, caption))
+                .collect::<Result<Vec<_>, _>>()?;
             let texts: Vec<&str> = rows.iter().filter_map(|row| row["text"].as_str()).collect();
             let text = match texts[..] {
                 [one] => format!("{name}: {one}"),
-                _ => texts.iter().map(|text| format!("{name}: {text}")).collect::<Vec<_>>().join("\n"),
+                _ => texts
+                    .iter()
+                    .map(|text| format!("{name}: {text}"))
+                    .collect::<Vec<_>>()
+                    .join("\n"),
             };
             output::line(global.format, &json!({"image": name, "captions": rows}), &text)?;
         }
@@ -38,7 +45,6 @@ pub(crate) fn describe(captioner: &Captioner, caption: &Hypothesis) -> anyhow::R
         "score": caption.score,
     }))
 }
-
 
 impl GenerateArgs {
     /// The search that was typed: sampling if any of its flags was given, beams otherwise.

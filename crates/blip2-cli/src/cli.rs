@@ -285,7 +285,7 @@ pub(crate) struct TrainArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct EvalArgs {
-    /// A recipe with an [eval] part
+    /// A recipe with an eval part
     pub(crate) recipe: PathBuf,
     /// Change one field of it; may be given several times
     #[arg(long, value_name = "KEY=VALUE")]

@@ -19,7 +19,9 @@ fn build_mini(args: &DataMiniArgs) -> anyhow::Result<Outcome> {
     let mut config = match (args.tiny, &args.packages) {
         (Some(samples), _) => MiniConfig::tiny(&args.out, samples),
         (None, Some(folder)) => MiniConfig::full(&args.out, Origin::Folder(folder.clone())),
-        (None, None) => MiniConfig::full(&args.out, Origin::Cache(blip2::assets::cache_dir()?.join("packages"))),
+        (None, None) => {
+            MiniConfig::full(&args.out, Origin::Cache(blip2::assets::cache_dir()?.join("packages")))
+        }
     };
     if let Some(seed) = args.seed {
         config.seed = seed;

@@ -22,7 +22,10 @@ pub(crate) fn run(global: &Global, args: &EmbedArgs) -> anyhow::Result<Outcome> 
         let embeddings = matcher.embed_images(pictures)?.to_vec3::<f32>()?;
         for (path, queries) in paths.iter().zip(embeddings) {
             let image = path.to_string_lossy();
-            let people = queries.iter().enumerate().map(|(i, q)| format!("{image} query {i}: {}", numbers(q)));
+            let people = queries
+                .iter()
+                .enumerate()
+                .map(|(i, q)| format!("{image} query {i}: {}", numbers(q)));
             let people = people.collect::<Vec<_>>().join("\n");
             output::line(global.format, &json!({"image": image, "embedding": queries}), &people)?;
         }

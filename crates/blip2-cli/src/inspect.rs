@@ -50,7 +50,10 @@ fn parts(model: &Model) -> anyhow::Result<Vec<Part>> {
 
 impl Part {
     fn new(name: &'static str, tensors: &BTreeMap<String, Tensor>) -> Self {
-        Self { name, tensors: tensors.iter().map(|(name, t)| (name.clone(), t.dims().to_vec())).collect() }
+        Self {
+            name,
+            tensors: tensors.iter().map(|(name, t)| (name.clone(), t.dims().to_vec())).collect(),
+        }
     }
 
     fn parameters(&self) -> usize {
@@ -66,7 +69,8 @@ impl Part {
     }
 
     fn json(&self) -> Value {
-        let memory: BTreeMap<_, _> = FORMATS.iter().map(|(name, bits)| (*name, self.bytes(*bits) as u64)).collect();
+        let memory: BTreeMap<_, _> =
+            FORMATS.iter().map(|(name, bits)| (*name, self.bytes(*bits) as u64)).collect();
         json!({"part": self.name, "parameters": self.parameters(), "memory_bytes": memory, "tensors": self.tensors})
     }
 }
@@ -79,7 +83,8 @@ fn text(model: &Model, parts: &[Part]) -> String {
     }
     lines.push(head);
     for part in parts {
-        let mut line = format!("{:<10}{:>8}{:>16}", part.name, part.tensors.len(), part.parameters());
+        let mut line =
+            format!("{:<10}{:>8}{:>16}", part.name, part.tensors.len(), part.parameters());
         for (_, bits) in FORMATS {
             line += &format!("{:>12.1}", part.bytes(bits) / 1e6);
         }
@@ -91,4 +96,3 @@ fn text(model: &Model, parts: &[Part]) -> String {
     }
     lines.join("\n")
 }
-

@@ -13,7 +13,8 @@ pub(crate) fn run(global: &Global, args: &MatchArgs) -> anyhow::Result<Outcome> 
         for (path, scores) in paths.iter().zip(matcher.score(pictures, &texts)?) {
             for (text, score) in texts.iter().zip(scores) {
                 let image = path.to_string_lossy();
-                let json = json!({"image": image, "text": text, "itm": score.itm, "itc": score.itc});
+                let json =
+                    json!({"image": image, "text": text, "itm": score.itm, "itc": score.itc});
                 let line = format!("{image}: itm {:.4} itc {:+.4} {text}", score.itm, score.itc);
                 output::line(global.format, &json, &line)?;
             }

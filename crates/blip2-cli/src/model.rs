@@ -56,7 +56,9 @@ pub(crate) fn generate_options(args: &GenerateArgs, num_return: usize) -> anyhow
         })
     };
     if !sampled && num_return > args.num_beams.into() {
-        anyhow::bail!("--num-captions {num_return} needs at least as many --num-beams, or --top-p to sample");
+        anyhow::bail!(
+            "--num-captions {num_return} needs at least as many --num-beams, or --top-p to sample"
+        );
     }
     Ok(Options {
         strategy,

@@ -21,9 +21,15 @@ pub(crate) fn line(format: Format, json: &Value, text: &str) -> anyhow::Result<(
 }
 
 /// Reports a picture that can't be used: its own line in JSON, standard error otherwise.
-pub(crate) fn failure(format: Format, image: &Path, err: &dyn std::fmt::Display) -> anyhow::Result<()> {
+pub(crate) fn failure(
+    format: Format,
+    image: &Path,
+    err: &dyn std::fmt::Display,
+) -> anyhow::Result<()> {
     match format {
-        Format::Jsonl => line(format, &json!({"image": image.to_string_lossy(), "error": err.to_string()}), ""),
+        Format::Jsonl => {
+            line(format, &json!({"image": image.to_string_lossy(), "error": err.to_string()}), "")
+        }
         Format::Text => {
             eprintln!("blip2: {err}");
             Ok(())
@@ -33,5 +39,6 @@ pub(crate) fn failure(format: Format, image: &Path, err: &dyn std::fmt::Display)
 
 /// Whether the reader of our output went away (`blip2 … | head`), which is no failure.
 pub(crate) fn is_closed_pipe(err: &anyhow::Error) -> bool {
-    err.downcast_ref::<std::io::Error>().is_some_and(|err| err.kind() == std::io::ErrorKind::BrokenPipe)
+    err.downcast_ref::<std::io::Error>()
+        .is_some_and(|err| err.kind() == std::io::ErrorKind::BrokenPipe)
 }

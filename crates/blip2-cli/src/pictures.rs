@@ -22,7 +22,11 @@ pub(crate) fn expand(typed: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
             let before = files.len();
             search(path, &mut files)?;
             if files.len() == before {
-                anyhow::bail!("{}: no pictures in this folder ({})", path.display(), ENDINGS.join(", "));
+                anyhow::bail!(
+                    "{}: no pictures in this folder ({})",
+                    path.display(),
+                    ENDINGS.join(", ")
+                );
             }
         } else if !path.exists() && text.contains(['*', '?', '[']) {
             let before = files.len();
@@ -43,8 +47,10 @@ pub(crate) fn expand(typed: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
 /// Follows no link to a folder, so that a loop can't trap it.
 fn search(folder: &Path, files: &mut Vec<PathBuf>) -> anyhow::Result<()> {
     let read = || folder.display().to_string();
-    let mut entries =
-        std::fs::read_dir(folder).with_context(read)?.collect::<Result<Vec<_>, _>>().with_context(read)?;
+    let mut entries = std::fs::read_dir(folder)
+        .with_context(read)?
+        .collect::<Result<Vec<_>, _>>()
+        .with_context(read)?;
     entries.sort_by_key(std::fs::DirEntry::file_name);
     for entry in entries {
         let path = entry.path();

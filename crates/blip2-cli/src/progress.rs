@@ -13,7 +13,7 @@ pub(crate) struct Progress {
 impl Progress {
     /// `done` of `total` bytes of `name`; a total of 0 means unknown.
     pub(crate) fn update(&mut self, name: &str, done: u64, total: u64) {
-        if !self.shown.as_ref().is_some_and(|(shown, _)| shown == name) {
+        if self.shown.as_ref().is_none_or(|(shown, _)| shown != name) {
             self.finish();
             self.shown = Some((name.to_owned(), begin(name, total)));
         }
@@ -46,7 +46,8 @@ fn begin(name: &str, total: u64) -> ProgressBar {
         return ProgressBar::hidden();
     }
     let bar = if total == 0 { ProgressBar::new_spinner() } else { ProgressBar::new(total) };
-    let template = if total == 0 { "{msg} {bytes}" } else { "{msg} {wide_bar} {bytes}/{total_bytes} {eta}" };
+    let template =
+        if total == 0 { "{msg} {bytes}" } else { "{msg} {wide_bar} {bytes}/{total_bytes} {eta}" };
     if let Ok(style) = ProgressStyle::with_template(template) {
         bar.set_style(style);
     }

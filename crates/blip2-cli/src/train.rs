@@ -54,7 +54,9 @@ pub(crate) fn build_data(dir: &Path, build: DataBuild) -> anyhow::Result<()> {
         DataBuild::None => return Ok(()),
         _ if dir.join("mini.json").is_file() => return Ok(()),
         DataBuild::Tiny => MiniConfig::tiny(dir, TINY_SAMPLES),
-        DataBuild::Mini => MiniConfig::full(dir, Origin::Cache(blip2::assets::cache_dir()?.join("packages"))),
+        DataBuild::Mini => {
+            MiniConfig::full(dir, Origin::Cache(blip2::assets::cache_dir()?.join("packages")))
+        }
     };
     eprintln!("building the data set in {}", dir.display());
     mini::build(&config, &progress::say)

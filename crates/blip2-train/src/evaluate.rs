@@ -19,7 +19,8 @@ use crate::data::{Dataset, Meta, Sample};
 use crate::eval::answers::{answers_match, names_noun};
 use crate::eval::metrics::{Item, Scores, score_captions};
 use crate::eval::report::{
-    Accuracy, CaptionRow, Counts, PictureRow, QuestionRow, Report, RetrievalReport, System, SystemScores, thumbnail,
+    Accuracy, CaptionRow, Counts, PictureRow, QuestionRow, Report, RetrievalReport, System,
+    SystemScores, thumbnail,
 };
 use crate::eval::retrieval::{self, ScoreMatrix};
 use crate::recipe::{DataBuild, parse_toml};
@@ -102,7 +103,10 @@ impl EvalFile {
         ];
         for (field, value) in checks {
             if value == 0 {
-                return Err(Error::Recipe(format!("{}: {field} must be at least 1", path.display())));
+                return Err(Error::Recipe(format!(
+                    "{}: {field} must be at least 1",
+                    path.display()
+                )));
             }
         }
         Ok(file)
@@ -156,7 +160,11 @@ struct Exam {
 ///
 /// # Errors
 /// If the data can't be read or a model does not fit.
-pub fn evaluate(subject: &Subject<'_>, file: &EvalFile, say: &mut dyn FnMut(&str, u64, u64)) -> Result<Report> {
+pub fn evaluate(
+    subject: &Subject<'_>,
+    file: &EvalFile,
+    say: &mut dyn FnMut(&str, u64, u64),
+) -> Result<Report> {
     let begin = Instant::now();
     let test = Dataset::open_split(&file.data.dir, &file.data.split)?;
     let train = Dataset::open_split(&file.data.dir, &file.data.train)?;
@@ -175,7 +183,8 @@ pub fn evaluate(subject: &Subject<'_>, file: &EvalFile, say: &mut dyn FnMut(&str
         _ => None,
     };
 
-    let said = [(System::Model, model), (System::NearestNeighbour, nearest), (System::Blind, blind)];
+    let said =
+        [(System::Model, model), (System::NearestNeighbour, nearest), (System::Blind, blind)];
     let mut pictures = exams.iter().map(picture_row).collect::<Result<Vec<_>>>()?;
     let systems = said
         .iter()
@@ -265,7 +274,12 @@ fn ask_model(
 }
 
 /// Captions the pictures of a batch and answers their questions.
-fn ask(captioner: &Captioner, exams: &[Exam], patches: &Tensor, file: &EvalFile) -> Result<Vec<Said>> {
+fn ask(
+    captioner: &Captioner,
+    exams: &[Exam],
+    patches: &Tensor,
+    file: &EvalFile,
+) -> Result<Vec<Said>> {
     let options = file.decode.options();
     let best = |found: Vec<Vec<blip2::generate::Hypothesis>>| -> Result<Vec<String>> {
         let text = |each: Vec<blip2::generate::Hypothesis>| match each.first() {
@@ -287,7 +301,9 @@ fn ask(captioner: &Captioner, exams: &[Exam], patches: &Tensor, file: &EvalFile)
             prompts.push(captioner.question_prompt(&[], question));
         }
     }
-    for (rows, prompts) in rows.chunks(file.data.batch_size).zip(prompts.chunks(file.data.batch_size)) {
+    for (rows, prompts) in
+        rows.chunks(file.data.batch_size).zip(prompts.chunks(file.data.batch_size))
+    {
         let patches = patches.index_select(&Tensor::new(rows, &Device::Cpu)?, 0)?;
         let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
         let answers = best(captioner.generate_from(&patches, &prompts, &options)?)?;
@@ -314,21 +330,33 @@ fn ask_blind(
     let mut said = Vec::with_capacity(exams.len());
     for (i, exam) in exams.iter().enumerate() {
         say("blind", i as u64, exams.len() as u64);
-        let open = exam.questions.iter().filter(|(question, _)| !answers.contains_key(question.as_str()));
+        let open =
+            exam.questions.iter().filter(|(question, _)| !answers.contains_key(question.as_str()));
         let open: Vec<_> = open.cloned().collect();
         if caption.is_none() || !open.is_empty() {
-            let asked = Exam { sample: exam.sample.clone(), picture: exam.picture.clone(), questions: open };
+            let asked = Exam {
+                sample: exam.sample.clone(),
+                picture: exam.picture.clone(),
+                questions: open,
+            };
             let found = ask(captioner, std::slice::from_ref(&asked), &blank, file)?.pop();
             let found = found.unwrap_or(Said { caption: String::new(), answers: Vec::new() });
             caption.get_or_insert(found.caption);
-            let unanswered =
-                exam.questions.iter().map(|(question, _)| question.as_str()).filter(|q| !answers.contains_key(q));
+            let unanswered = exam
+                .questions
+                .iter()
+                .map(|(question, _)| question.as_str())
+                .filter(|q| !answers.contains_key(q));
             let unanswered: Vec<&str> = unanswered.collect();
             answers.extend(unanswered.into_iter().zip(found.answers));
         }
         said.push(Said {
             caption: caption.clone().unwrap_or_default(),
-            answers: exam.questions.iter().map(|(q, _)| answers.get(q.as_str()).cloned().unwrap_or_default()).collect(),
+            answers: exam
+                .questions
+                .iter()
+                .map(|(q, _)| answers.get(q.as_str()).cloned().unwrap_or_default())
+                .collect(),
         });
     }
     Ok(said)
@@ -352,12 +380,16 @@ fn ask_nearest(
         let samples = part.par_iter().map(|&i| train.get(i)).collect::<Result<Vec<_>>>()?;
         let pictures = samples
             .par_iter()
-            .map(|s| image::decode(&s.image, Pixels::Default).map_err(|e| Error::Data(format!("{}: {e}", s.key))))
+            .map(|s| {
+                image::decode(&s.image, Pixels::Default)
+                    .map_err(|e| Error::Data(format!("{}: {e}", s.key)))
+            })
             .collect::<Result<Vec<_>>>()?;
         features.push(class_tokens(&vision.encode(&pictures)?)?);
         metas.extend(samples.into_iter().map(|sample| sample.meta));
     }
-    let cosines = blip2_ops::linear(classes, &Tensor::cat(&features, 0)?, None)?.to_vec2::<f32>()?;
+    let cosines =
+        blip2_ops::linear(classes, &Tensor::cat(&features, 0)?, None)?.to_vec2::<f32>()?;
     Ok(exams.iter().zip(cosines).map(|(exam, row)| say_as_nearest(exam, &row, &metas)).collect())
 }
 
@@ -415,7 +447,12 @@ fn picture_row(exam: &Exam) -> Result<PictureRow> {
 }
 
 /// The numbers of one system; what it said is written into the pictures' rows.
-fn score(system: System, said: &[Said], exams: &[Exam], pictures: &mut [PictureRow]) -> Result<SystemScores> {
+fn score(
+    system: System,
+    said: &[Said],
+    exams: &[Exam],
+    pictures: &mut [PictureRow],
+) -> Result<SystemScores> {
     let items: Vec<Item> = said
         .iter()
         .zip(exams)
@@ -429,7 +466,8 @@ fn score(system: System, said: &[Said], exams: &[Exam], pictures: &mut [PictureR
         let named = row.noun.as_ref().map(|noun| names_noun(&said.caption, noun));
         named.into_iter().for_each(|named| nouns.add(named));
         let Scores { cider_d, rouge_l, .. } = *scores;
-        let caption = CaptionRow { text: said.caption.clone(), cider: cider_d, rouge_l, names_noun: named };
+        let caption =
+            CaptionRow { text: said.caption.clone(), cider: cider_d, rouge_l, names_noun: named };
         row.captions.insert(system, caption);
         for (question, answer) in row.questions.iter_mut().zip(&said.answers) {
             let right = answers_match(answer, &question.truth);

@@ -22,7 +22,11 @@ const TEMP: f32 = 0.07;
 ///
 /// # Errors
 /// If BERT's tensors don't have the shapes that `config` wants: the tensor is named.
-pub fn stage1(config: &Stage1Config, bert: BTreeMap<String, Tensor>, seed: u64) -> Result<BTreeMap<String, Tensor>> {
+pub fn stage1(
+    config: &Stage1Config,
+    bert: BTreeMap<String, Tensor>,
+    seed: u64,
+) -> Result<BTreeMap<String, Tensor>> {
     let shapes = shapes(config);
     let mut bert = if bert.is_empty() { bert } else { from_bert(bert, &shapes, seed)? };
     let mut tensors = BTreeMap::new();
@@ -43,7 +47,9 @@ pub fn stage1(config: &Stage1Config, bert: BTreeMap<String, Tensor>, seed: u64) 
     bert.retain(|name, _| !tensors.contains_key(name));
     if !bert.is_empty() {
         let left: Vec<_> = bert.keys().take(5).collect();
-        return Err(Error::Recipe(format!("BERT is deeper than the Q-Former: no place for {left:?}")));
+        return Err(Error::Recipe(format!(
+            "BERT is deeper than the Q-Former: no place for {left:?}"
+        )));
     }
     // Without BERT, too, queries and text start with the same feed-forward network.
     let copies: Vec<_> = tensors
@@ -78,7 +84,9 @@ fn fresh(name: &str, shape: &[usize], rng: &mut Rng) -> Result<Tensor> {
     if name == "temp" {
         return Ok(Tensor::new(TEMP, &Device::Cpu)?);
     }
-    if let ["vision_proj" | "text_proj" | "itm_head", "weight"] = name.split('.').collect::<Vec<_>>()[..] {
+    if let ["vision_proj" | "text_proj" | "itm_head", "weight"] =
+        name.split('.').collect::<Vec<_>>()[..]
+    {
         return uniform(shape, rng);
     }
     if name.ends_with("bias") {
@@ -99,7 +107,8 @@ fn uniform(shape: &[usize], rng: &mut Rng) -> Result<Tensor> {
 }
 
 fn normal(shape: &[usize], rng: &mut Rng) -> Result<Tensor> {
-    let values: Vec<f32> = (0..shape.iter().product()).map(|_| (rng.normal() * STD) as f32).collect();
+    let values: Vec<f32> =
+        (0..shape.iter().product()).map(|_| (rng.normal() * STD) as f32).collect();
     Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
 }
 
@@ -153,14 +162,22 @@ fn shapes(config: &Stage1Config) -> BTreeMap<String, Vec<usize>> {
 ///
 /// # Errors
 /// If a tensor operation fails.
-pub fn stage2(stage1: &BTreeMap<String, Tensor>, llm_width: usize, seed: u64) -> Result<BTreeMap<String, Tensor>> {
-    let mut tensors: BTreeMap<String, Tensor> =
-        stage1.iter().filter(|(name, _)| in_stage2(name)).map(|(n, t)| (n.clone(), t.clone())).collect();
+pub fn stage2(
+    stage1: &BTreeMap<String, Tensor>,
+    llm_width: usize,
+    seed: u64,
+) -> Result<BTreeMap<String, Tensor>> {
+    let mut tensors: BTreeMap<String, Tensor> = stage1
+        .iter()
+        .filter(|(name, _)| in_stage2(name))
+        .map(|(n, t)| (n.clone(), t.clone()))
+        .collect();
     let width = tensors
         .get("query_tokens")
         .ok_or_else(|| Error::Recipe("the stage-1 weights hold no query_tokens".into()))?
         .dim(candle_core::D::Minus1)?;
-    tensors.insert("llm_proj.weight".into(), uniform(&[llm_width, width], &mut Rng::new(seed, &[0]))?);
+    tensors
+        .insert("llm_proj.weight".into(), uniform(&[llm_width, width], &mut Rng::new(seed, &[0]))?);
     tensors.insert("llm_proj.bias".into(), fresh("bias", &[llm_width], &mut Rng::new(seed, &[1]))?);
     Ok(tensors)
 }
@@ -169,5 +186,8 @@ pub fn stage2(stage1: &BTreeMap<String, Tensor>, llm_width: usize, seed: u64) ->
 #[must_use]
 pub fn in_stage2(name: &str) -> bool {
     let bridge = name.starts_with("qformer.layers.") && !name.contains(".ffn_text.");
-    bridge || name == "query_tokens" || name.starts_with("ln_vision.") || name.starts_with("qformer.embed_norm.")
+    bridge
+        || name == "query_tokens"
+        || name.starts_with("ln_vision.")
+        || name.starts_with("qformer.embed_norm.")
 }

@@ -579,7 +579,10 @@ pub fn differences(a: &serde_json::Value, b: &serde_json::Value) -> Vec<String> 
 /// Applies one `key=value`: a dotted key and a TOML value. What is no TOML value is taken as a string, so that
 /// `name=test` needs no quotes inside the shell's quotes.
 /// Reads TOML after `changes`, each `key=value`.
-pub(crate) fn parse_toml<T: serde::de::DeserializeOwned>(text: &str, changes: &[String]) -> Result<T> {
+pub(crate) fn parse_toml<T: serde::de::DeserializeOwned>(
+    text: &str,
+    changes: &[String],
+) -> Result<T> {
     let mut table: toml::Table =
         toml::from_str(text).map_err(|err| Error::Recipe(err.to_string()))?;
     for change in changes {

@@ -176,20 +176,29 @@ pub struct LlmText {
     pub prompt_len: usize,
 }
 
-/// Stage 2 (paper §3.3) for language models that only decode: [queries][text][padding], the loss on the text alone.
+/// Stage 2 (paper §3.3) for language models that only decode: queries, text, padding; the loss on the text alone.
 ///
 /// `patches` (b, p, encoder width), one text each.
 ///
 /// # Errors
 /// If shapes don't fit, or no text has a token to predict.
-pub fn stage2(bridge: &Stage2, llm: &Llm, patches: &Tensor, texts: &[LlmText], dropout: &Dropout) -> Result<Tensor> {
+pub fn stage2(
+    bridge: &Stage2,
+    llm: &Llm,
+    patches: &Tensor,
+    texts: &[LlmText],
+    dropout: &Dropout,
+) -> Result<Tensor> {
     let soft = bridge.soft_words(patches, dropout)?;
     let queries = soft.dim(1)?;
     let rows: Vec<Vec<u32>> = texts.iter().map(|text| text.ids.clone()).collect();
     let batch = TextBatch::new(&rows, llm.eos(), Side::Right, 0)?;
     let embeds = Tensor::cat(&[&soft, &llm.embed(&batch.ids)?], 1)?;
-    let mask: Vec<Vec<bool>> =
-        batch.mask.iter().map(|row| std::iter::repeat_n(true, queries).chain(row.iter().copied()).collect()).collect();
+    let mask: Vec<Vec<bool>> = batch
+        .mask
+        .iter()
+        .map(|row| std::iter::repeat_n(true, queries).chain(row.iter().copied()).collect())
+        .collect();
     let hidden = llm.hidden(&embeds, &mask, None)?;
     let targets = Targets::shifted(&labels(texts, queries, embeds.dim(1)?));
     let logits = llm.logits(&targets.select(&hidden)?)?;

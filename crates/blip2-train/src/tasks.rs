@@ -180,7 +180,12 @@ impl Pictures {
 /// Hash of keys, captions and shard sizes. Picture bytes are covered by the shards' sizes only: hashing gigabytes at
 /// every start would cost minutes.
 /// Names a split by its shards and its samples' texts.
-pub(crate) fn data_hash(dataset: &Dataset, metas: &[Meta], dir: &Path, split: &str) -> Result<String> {
+pub(crate) fn data_hash(
+    dataset: &Dataset,
+    metas: &[Meta],
+    dir: &Path,
+    split: &str,
+) -> Result<String> {
     let mut text = String::new();
     let mut shards: Vec<PathBuf> = std::fs::read_dir(dir)
         .map_err(Error::io(dir))?

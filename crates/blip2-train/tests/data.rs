@@ -1,6 +1,8 @@
 //! Data from end to end: shards that were written come back, hostile shards do no harm and are counted,
 //! the tiny set is the same for the same seed, and no concept is in two splits.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests, too, are tests")]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};

@@ -1,6 +1,8 @@
 //! The Q-Former's passes and stage 1's losses, gradients and first ten steps, against LAVIS (golden/{qformer,stage1,
 //! stage1_curve}.py): odd sizes, cross-attention every third layer, five queries.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests, too, are tests")]
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -70,7 +72,12 @@ fn texts(golden: &Tensors, prefix: &str) -> Texts {
 
 /// Rows of real tokens only: what stands at padding means nothing.
 fn real_rows(hidden: &Tensor, tokens: &Tensor) -> Tensor {
-    let rows: Vec<u32> = numbers(tokens).iter().enumerate().filter(|(_, m)| **m > 0.0).map(|(i, _)| i as u32).collect();
+    let rows: Vec<u32> = numbers(tokens)
+        .iter()
+        .enumerate()
+        .filter(|(_, m)| **m > 0.0)
+        .map(|(i, _)| i as u32)
+        .collect();
     hidden
         .flatten(0, 1)
         .unwrap()
@@ -82,7 +89,8 @@ fn real_rows(hidden: &Tensor, tokens: &Tensor) -> Tensor {
 fn the_three_passes_of_the_qformer_equal_lavis() {
     let golden = golden("qformer.safetensors");
     let model =
-        Params::build(weights(), WeightFormat::F32, "blip2_tiny", |p| Stage1::new(p, &config())).unwrap();
+        Params::build(weights(), WeightFormat::F32, "blip2_tiny", |p| Stage1::new(p, &config()))
+            .unwrap();
     let off = Dropout::off();
     let Texts { ids, tokens } = texts(&golden, "");
 
@@ -91,7 +99,12 @@ fn the_three_passes_of_the_qformer_equal_lavis() {
     assert_close("image features", &image.embeds, &golden["image_features"], 1e-4);
 
     let text = model.qformer().text(&ids, &tokens, &off).unwrap();
-    assert_close("text", &real_rows(&text, &tokens), &real_rows(&golden["text.hidden.4"], &tokens), 1e-4);
+    assert_close(
+        "text",
+        &real_rows(&text, &tokens),
+        &real_rows(&golden["text.hidden.4"], &tokens),
+        1e-4,
+    );
     let features = model.text(&ids, &tokens, &off).unwrap();
     assert_close("text features", &features, &golden["text_features"], 1e-4);
 
@@ -102,9 +115,19 @@ fn the_three_passes_of_the_qformer_equal_lavis() {
 
     let itg_ids = golden["itg_inputs"].to_dtype(DType::U32).unwrap();
     let hidden = model.itg(&image.caches, &itg_ids, &tokens, &off).unwrap();
-    assert_close("itg", &real_rows(&hidden, &tokens), &real_rows(&golden["itg.hidden.4"], &tokens), 1e-4);
+    assert_close(
+        "itg",
+        &real_rows(&hidden, &tokens),
+        &real_rows(&golden["itg.hidden.4"], &tokens),
+        1e-4,
+    );
     let logits = model.qformer().lm_logits(&hidden).unwrap();
-    assert_close("itg logits", &real_rows(&logits, &tokens), &real_rows(&golden["itg.logits"], &tokens), 1e-4);
+    assert_close(
+        "itg logits",
+        &real_rows(&logits, &tokens),
+        &real_rows(&golden["itg.logits"], &tokens),
+        1e-4,
+    );
 }
 
 fn draws(golden: &Tensors, row: Option<usize>) -> Negatives {
@@ -124,7 +147,8 @@ fn losses(
 ) -> Stage1Losses {
     let ranks: Arc<dyn Communicator> = Arc::new(SingleProcess);
     let off = Dropout::off();
-    let mut context = StepContext { dropout: &off, smoothing: 0.1, rng: Rng::new(0, &[]), ranks: &ranks };
+    let mut context =
+        StepContext { dropout: &off, smoothing: 0.1, rng: Rng::new(0, &[]), ranks: &ranks };
     let batch = Stage1Batch { patches: image, texts, image_ids };
     stage1_with(model, &batch, &mut context, |_, _, _, _| Ok(negatives)).unwrap()
 }
@@ -137,7 +161,12 @@ fn stage_1_losses_and_every_gradient_equal_lavis() {
     let texts = texts(&golden, "");
 
     let found = losses(&model, &golden["image"], &texts, None, draws(&golden, None));
-    for (name, loss) in [("loss", &found.total), ("loss_itc", &found.itc), ("loss_itm", &found.itm), ("loss_lm", &found.itg)] {
+    for (name, loss) in [
+        ("loss", &found.total),
+        ("loss_itc", &found.itc),
+        ("loss_itm", &found.itm),
+        ("loss_lm", &found.itg),
+    ] {
         assert_close(name, loss, &golden[name], 1e-4);
     }
 
@@ -164,7 +193,8 @@ fn stage_1_losses_and_every_gradient_equal_lavis() {
 fn similarities_and_shared_pictures_equal_lavis() {
     let golden = golden("stage1.safetensors");
     let model =
-        Params::build(weights(), WeightFormat::F32, "blip2_tiny", |p| Stage1::new(p, &config())).unwrap();
+        Params::build(weights(), WeightFormat::F32, "blip2_tiny", |p| Stage1::new(p, &config()))
+            .unwrap();
     let (off, texts) = (Dropout::off(), texts(&golden, ""));
     let image = model.image(&golden["image"], &off).unwrap();
     let text = model.text(&texts.ids, &texts.tokens, &off).unwrap();
@@ -174,9 +204,15 @@ fn similarities_and_shared_pictures_equal_lavis() {
 
     let ids = golden["image_id"].to_vec1::<i64>().unwrap();
     let draw = |name: &str| golden[name].to_dtype(DType::U32).unwrap().to_vec1::<u32>().unwrap();
-    let negatives = Negatives { images: draw("image_id.draws_image"), texts: draw("image_id.draws_text") };
+    let negatives =
+        Negatives { images: draw("image_id.draws_image"), texts: draw("image_id.draws_text") };
     let found = losses(&model, &golden["image"], &texts, Some(&ids), negatives);
-    for (name, loss) in [("loss", &found.total), ("loss_itc", &found.itc), ("loss_itm", &found.itm), ("loss_lm", &found.itg)] {
+    for (name, loss) in [
+        ("loss", &found.total),
+        ("loss_itc", &found.itc),
+        ("loss_itm", &found.itm),
+        ("loss_lm", &found.itg),
+    ] {
         assert_close(name, loss, &golden[&format!("image_id.{name}")], 1e-4);
     }
 }
@@ -195,9 +231,14 @@ fn ten_steps_of_stage_1_equal_lavis() {
         let batch = texts(&golden, &prefix);
         let image = &golden[&format!("{prefix}image")];
         let found = losses(&model, image, &batch, None, draws(&golden, Some(step)));
-        for (loss, expected) in [&found.total, &found.itc, &found.itm, &found.itg].into_iter().zip(expected) {
+        for (loss, expected) in
+            [&found.total, &found.itc, &found.itm, &found.itg].into_iter().zip(expected)
+        {
             let loss = loss.to_scalar::<f32>().unwrap();
-            assert!((loss - expected).abs() <= 1e-4 * expected.abs(), "step {step}: {loss} instead of {expected}");
+            assert!(
+                (loss - expected).abs() <= 1e-4 * expected.abs(),
+                "step {step}: {loss} instead of {expected}"
+            );
         }
         gradients.clear();
         gradients.add(&store, &found.total.backward().unwrap(), 1.0).unwrap();
@@ -208,8 +249,15 @@ fn ten_steps_of_stage_1_equal_lavis() {
         .filter_map(|(name, norm)| Some((name.strip_prefix("norm.")?.to_owned(), norm.clone())))
         .collect();
     for (name, norm) in from_lavis(norms).unwrap() {
-        let found = numbers(store.get(&name).unwrap().as_tensor()).iter().map(|x| x * x).sum::<f32>().sqrt();
+        let found = numbers(store.get(&name).unwrap().as_tensor())
+            .iter()
+            .map(|x| x * x)
+            .sum::<f32>()
+            .sqrt();
         let expected = norm.to_scalar::<f32>().unwrap();
-        assert!((found - expected).abs() <= 1e-4 * expected.max(1e-3), "{name}: norm {found} instead of {expected}");
+        assert!(
+            (found - expected).abs() <= 1e-4 * expected.max(1e-3),
+            "{name}: norm {found} instead of {expected}"
+        );
     }
 }

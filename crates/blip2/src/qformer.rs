@@ -103,7 +103,7 @@ impl FeedForward {
     }
 
     fn forward(&self, x: &Tensor, p: f32, dropout: &Dropout) -> Result<Tensor> {
-        residual(x, self.mlp.forward(x)?, &self.norm, p, dropout)
+        residual(x, &self.mlp.forward(x)?, &self.norm, p, dropout)
     }
 }
 
@@ -123,12 +123,12 @@ struct Layer {
 /// Post-norm: `norm(x + dropout(branch))`.
 fn residual(
     x: &Tensor,
-    branch: Tensor,
+    branch: &Tensor,
     norm: &LayerNorm,
     p: f32,
     dropout: &Dropout,
 ) -> Result<Tensor> {
-    norm.forward(&(x + dropout.apply(&branch, p)?)?)
+    norm.forward(&(x + dropout.apply(branch, p)?)?)
 }
 
 impl Layer {
@@ -165,7 +165,7 @@ impl Layer {
         let x = match (&self.cross_attn, picture) {
             (Some(cross), Some((k, v))) => {
                 let seen = cross.attn.attend_projected(x, k, v, None, dropout)?;
-                residual(x, seen, &cross.norm, p, dropout)?
+                residual(x, &seen, &cross.norm, p, dropout)?
             }
             _ => x.clone(),
         };
@@ -282,7 +282,7 @@ impl QFormer {
         let mut caches = vec![KvCache::default(); self.layers.len()];
         for ((layer, kv), cache) in self.layers.iter().zip(&picture.layers).zip(&mut caches) {
             let seen = layer.self_attn.attend_cached(&x, cache, None, dropout)?;
-            x = residual(&x, seen, &layer.self_attn_norm, self.config.dropout, dropout)?;
+            x = residual(&x, &seen, &layer.self_attn_norm, self.config.dropout, dropout)?;
             x = layer.finish_queries(&x, kv.as_ref(), self.config.dropout, dropout)?;
         }
         Ok((x, caches))
@@ -297,7 +297,7 @@ impl QFormer {
         let mut x = self.enter(&self.embed_text(ids, 0)?, dropout)?;
         for layer in &self.layers {
             let seen = layer.self_attn.attend(&x, Some(&bias), dropout)?;
-            x = residual(&x, seen, &layer.self_attn_norm, self.config.dropout, dropout)?;
+            x = residual(&x, &seen, &layer.self_attn_norm, self.config.dropout, dropout)?;
             x = layer.finish_text(&x, self.config.dropout, dropout)?;
         }
         Ok(x)
@@ -323,7 +323,7 @@ impl QFormer {
         let mut x = self.enter(&joined, dropout)?;
         for (i, (layer, kv)) in self.layers.iter().zip(&picture.layers).enumerate() {
             let seen = layer.self_attn.attend(&x, Some(&bias), dropout)?;
-            x = residual(&x, seen, &layer.self_attn_norm, p, dropout)?;
+            x = residual(&x, &seen, &layer.self_attn_norm, p, dropout)?;
             let queries = layer.finish_queries(&x.narrow(1, 0, q)?, kv.as_ref(), p, dropout)?;
             if i + 1 == self.layers.len() {
                 // Nobody reads the last layer's text rows.
@@ -354,7 +354,7 @@ impl QFormer {
         let mut x = self.enter(&self.embed_text(ids, position)?, dropout)?;
         for (layer, cache) in self.layers.iter().zip(caches) {
             let seen = layer.self_attn.attend_cached(&x, cache, Some(&bias), dropout)?;
-            x = residual(&x, seen, &layer.self_attn_norm, self.config.dropout, dropout)?;
+            x = residual(&x, &seen, &layer.self_attn_norm, self.config.dropout, dropout)?;
             x = layer.finish_text(&x, self.config.dropout, dropout)?;
         }
         Ok(x)

@@ -1,6 +1,8 @@
 //! Pictures: pixels, resizing and normalising equal to PIL's and transformers' to the bit, and
 //! bad input refused quickly. The golden file is made by `golden/image.py`.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests, too, are tests")]
+
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 

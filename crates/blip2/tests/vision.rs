@@ -2,6 +2,8 @@
 //!
 //! Needs the mini parts in the cache (`blip2 pull mini`); says so and passes where they are missing.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests, too, are tests")]
+
 use std::path::Path;
 
 use blip2::assets::cached_mini_parts;
