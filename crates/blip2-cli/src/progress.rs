@@ -22,6 +22,11 @@ impl Progress {
         }
     }
 
+    /// `done` of `total` things.
+    pub(crate) fn count(&mut self, name: &str, done: u64, total: u64) {
+        self.update(name, done, total);
+    }
+
     fn finish(&mut self) {
         if let Some((_, bar)) = self.shown.take() {
             bar.finish();
@@ -47,4 +52,9 @@ fn begin(name: &str, total: u64) -> ProgressBar {
     }
     bar.set_message(name.to_owned());
     bar
+}
+
+/// One line of what is going on.
+pub(crate) fn say(line: &str) {
+    eprintln!("{line}");
 }

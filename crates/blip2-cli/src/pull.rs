@@ -1,6 +1,6 @@
 //! `blip2 pull`: fetch a model's parts into the cache, checked against their hashes.
 
-use blip2::assets;
+use blip2::assets::{self, Check};
 
 use crate::Outcome;
 use crate::cli::PullArgs;
@@ -11,11 +11,11 @@ pub(crate) fn run(args: &PullArgs) -> anyhow::Result<Outcome> {
     let mut progress = |name: &str, done, total| bar.update(name, done, total);
     let files = match args.name.as_str() {
         "mini" => {
-            let parts = assets::mini_parts(&mut progress)?;
+            let parts = assets::mini_parts(Check::Full, &mut progress)?;
             vec![parts.vit, parts.llm_gguf]
         }
         "minilm" => {
-            let parts = assets::bert_minilm(&mut progress)?;
+            let parts = assets::bert_minilm(Check::Full, &mut progress)?;
             vec![parts.weights, parts.vocab]
         }
         name => anyhow::bail!("pull {name}: `mini` and `minilm` can be pulled"),

@@ -2,7 +2,7 @@
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, bail};
 
-use crate::host::{self, GRAIN, Host, simd};
+use crate::host::{self, Fma, GRAIN, Host, simd};
 
 const GELU: &str = "gelu";
 const QUICK_GELU: &str = "quick_gelu";
@@ -34,35 +34,35 @@ pub fn silu_gate(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
 /// `Φ(-|x|) = exp(-x²/2) t p(t) / 2` with `t = 1 / (1 + 0.35 |x|/√2)`; p is a minimax fit whose
 /// relative error is 5e-7, so that gelu is within 3e-7 of the truth everywhere.
 #[inline(always)]
-fn normal_cdf(x: f32) -> (f32, f32) {
+fn normal_cdf(f: Fma, x: f32) -> (f32, f32) {
     let t = 1.0 / (1.0 + 0.35 * std::f32::consts::FRAC_1_SQRT_2 * x.abs());
     let p = -0.075_763_29;
-    let p = p * t + 0.162_547_35;
-    let p = p * t + 0.051_340_424;
-    let p = p * t + 0.103_309_68;
-    let p = p * t + 0.185_449_48;
-    let p = p * t + 0.176_906_4;
-    let p = p * t + 0.198_827_22;
-    let p = p * t + 0.197_382_23;
-    let bell = host::exp(-0.5 * x * x);
+    let p = f.of(p, t, 0.162_547_35);
+    let p = f.of(p, t, 0.051_340_424);
+    let p = f.of(p, t, 0.103_309_68);
+    let p = f.of(p, t, 0.185_449_48);
+    let p = f.of(p, t, 0.176_906_4);
+    let p = f.of(p, t, 0.198_827_22);
+    let p = f.of(p, t, 0.197_382_23);
+    let bell = host::exp(f, -0.5 * x * x);
     let tail = 0.5 * p * t * bell;
     (if x < 0.0 { tail } else { 1.0 - tail }, bell)
 }
 
 #[inline(always)]
-fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + host::exp(-x))
+fn sigmoid(f: Fma, x: f32) -> f32 {
+    1.0 / (1.0 + host::exp(f, -x))
 }
 
 #[inline(always)]
-fn map(x: &[f32], f: impl Fn(f32) -> f32 + Sync) -> Vec<f32> {
+fn map(x: &[f32], g: impl Fn(Fma, f32) -> f32 + Sync) -> Vec<f32> {
     let mut y = vec![0f32; x.len()];
     host::for_pieces(&mut y, GRAIN, |start, y| {
         simd(
             #[inline(always)]
-            || {
+            |f| {
                 for (y, x) in y.iter_mut().zip(&x[start..]) {
-                    *y = f(*x);
+                    *y = g(f, *x);
                 }
             },
         );
@@ -71,14 +71,14 @@ fn map(x: &[f32], f: impl Fn(f32) -> f32 + Sync) -> Vec<f32> {
 }
 
 #[inline(always)]
-fn map2(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32 + Sync) -> Vec<f32> {
+fn map2(a: &[f32], b: &[f32], g: impl Fn(Fma, f32, f32) -> f32 + Sync) -> Vec<f32> {
     let mut y = vec![0f32; a.len()];
     host::for_pieces(&mut y, GRAIN, |start, y| {
         simd(
             #[inline(always)]
-            || {
+            |f| {
                 for ((y, a), b) in y.iter_mut().zip(&a[start..]).zip(&b[start..]) {
-                    *y = f(*a, *b);
+                    *y = g(f, *a, *b);
                 }
             },
         );
@@ -98,7 +98,7 @@ impl CustomOp1 for Gelu {
         let y = map(
             &x,
             #[inline(always)]
-            |x| x * normal_cdf(x).0,
+            |f, x| x * normal_cdf(f, x).0,
         );
         Ok((CpuStorage::F32(y), layout.shape().clone()))
     }
@@ -110,8 +110,8 @@ impl CustomOp1 for Gelu {
             &xs,
             &gs,
             #[inline(always)]
-            |x, g| {
-                let (cdf, bell) = normal_cdf(x);
+            |f, x, g| {
+                let (cdf, bell) = normal_cdf(f, x);
                 g * (cdf + x * bell * DENSITY)
             },
         );
@@ -134,7 +134,7 @@ impl CustomOp1 for QuickGelu {
         let y = map(
             &x,
             #[inline(always)]
-            |x| x * sigmoid(QUICK * x),
+            |f, x| x * sigmoid(f, QUICK * x),
         );
         Ok((CpuStorage::F32(y), layout.shape().clone()))
     }
@@ -145,8 +145,8 @@ impl CustomOp1 for QuickGelu {
             &xs,
             &gs,
             #[inline(always)]
-            |x, g| {
-                let s = sigmoid(QUICK * x);
+            |f, x, g| {
+                let s = sigmoid(f, QUICK * x);
                 g * (s + QUICK * x * s * (1.0 - s))
             },
         );
@@ -174,7 +174,7 @@ impl CustomOp2 for SiluGate {
             &gate,
             &up,
             #[inline(always)]
-            |gate, up| gate * sigmoid(gate) * up,
+            |f, gate, up| gate * sigmoid(f, gate) * up,
         );
         Ok((CpuStorage::F32(y), l1.shape().clone()))
     }
@@ -193,10 +193,10 @@ impl CustomOp2 for SiluGate {
         host::for_pieces(&mut d_gate, GRAIN, |start, d_gate| {
             simd(
                 #[inline(always)]
-                || {
+                |f| {
                     let inputs = gates[start..].iter().zip(&ups[start..]).zip(&gs[start..]);
                     for (d, ((x, up), g)) in d_gate.iter_mut().zip(inputs) {
-                        let s = sigmoid(*x);
+                        let s = sigmoid(f, *x);
                         *d = g * up * (s + x * s * (1.0 - s));
                     }
                 },
@@ -207,7 +207,7 @@ impl CustomOp2 for SiluGate {
                 gates,
                 gs,
                 #[inline(always)]
-                |gate, g| g * gate * sigmoid(gate),
+                |f, gate, g| g * gate * sigmoid(f, gate),
             )
         });
         let d_gate = gate.track_op().then(|| host::tensor(d_gate, gate.shape())).transpose()?;

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use crate::dropout::DropoutKey;
 use crate::gemm::{self, Output, RowsMut, Threads, product};
-use crate::host::{self, Host, simd};
+use crate::host::{self, Fma, Host, simd};
 
 const NAME: &str = "attention";
 
@@ -148,18 +148,21 @@ impl Attention {
         let strides = self.bias.as_ref().map_or([0; 4], |bias| bias.strides);
         simd(
             #[inline(always)]
-            || {
+            |f| {
                 for (i, row) in p.chunks_exact_mut(tk).enumerate() {
                     if let Some(bias) = x.bias {
                         let at = b * strides[0] + head * strides[1] + i * strides[2];
                         if strides[3] == 0 {
-                            row.iter_mut().for_each(|s| *s += bias[at]);
+                            for s in row.iter_mut() {
+                                *s += bias[at];
+                            }
                         } else {
-                            let bias = &bias[at..at + tk];
-                            row.iter_mut().zip(bias).for_each(|(s, b)| *s += b);
+                            for (s, b) in row.iter_mut().zip(&bias[at..at + tk]) {
+                                *s += b;
+                            }
                         }
                     }
-                    soft_max(row);
+                    soft_max(f, row);
                 }
             },
         );
@@ -170,7 +173,7 @@ impl Attention {
             let first = (b * self.dims.h + head) * self.dims.tq * self.dims.tk;
             simd(
                 #[inline(always)]
-                || key.mask(first, p),
+                |_| key.mask(first, p),
             );
         }
     }
@@ -193,6 +196,9 @@ impl Attention {
     fn forward(&self, x: &Inputs<'_>) -> Vec<f32> {
         let Dims { b, tq, tk, h, d, .. } = self.dims;
         let mut y = vec![0f32; b * tq * h * d];
+        if tk == 0 {
+            return y;
+        }
         let tasks = blocks(&mut y, tq, h * d, d);
         self.for_each(tasks, tq * tk, |p, (b, head, out)| {
             self.probabilities(x, b, head, p);
@@ -211,6 +217,9 @@ impl Attention {
         let mut dq = size(want[0], b * tq * h * d);
         let mut dk = size(want[1], b * tk * kv * d);
         let mut dv = size(want[2], b * tk * kv * d);
+        if self.dims.work() == 0 {
+            return [dq, dk, dv];
+        }
 
         // One task per key head: the query heads of its group add to the same dk and dv.
         let mut q_blocks = blocks(&mut dq, tq, h * d, group * d).into_iter();
@@ -277,14 +286,14 @@ fn blocks(
 
 /// Soft-max of one row in place; a row of only -inf becomes zeros.
 #[inline(always)]
-fn soft_max(row: &mut [f32]) {
+fn soft_max(f: Fma, row: &mut [f32]) {
     let top = host::max(row);
     if top == f32::NEG_INFINITY {
         row.fill(0.0);
         return;
     }
     for s in row.iter_mut() {
-        *s = host::exp(*s - top);
+        *s = host::exp(f, *s - top);
     }
     let scale = 1.0 / host::sum(row);
     for s in row.iter_mut() {
@@ -296,9 +305,9 @@ fn soft_max(row: &mut [f32]) {
 fn soft_max_backward(p: &[f32], dp: &mut [f32], tk: usize) {
     simd(
         #[inline(always)]
-        || {
+        |f| {
             for (p, dp) in p.chunks_exact(tk).zip(dp.chunks_exact_mut(tk)) {
-                let along = host::dot(p, dp);
+                let along = host::dot(f, p, dp);
                 for (dp, p) in dp.iter_mut().zip(p) {
                     *dp = p * (*dp - along);
                 }

@@ -126,7 +126,7 @@ impl DropoutOp {
         host::for_pieces(&mut y, GRAIN, |start, y| {
             simd(
                 #[inline(always)]
-                || {
+                |_| {
                     y.copy_from_slice(&x[start..start + y.len()]);
                     self.key.mask(start, y);
                 },

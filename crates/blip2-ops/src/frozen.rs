@@ -14,7 +14,7 @@ use half::f16;
 use rayon::prelude::*;
 
 use crate::gemm::{self, Output, Threads, product};
-use crate::host::{self, Host, simd};
+use crate::host::{self, Host};
 use crate::linear::{check_bias, fill_rows, out_shape};
 use crate::quant;
 
@@ -388,14 +388,7 @@ fn few_rows(
         for (r, y) in y.chunks_exact_mut(n).enumerate() {
             let o = piece * per_piece + r;
             reader.with_row(o, &mut scratch, |w| {
-                simd(
-                    #[inline(always)]
-                    || {
-                        for (i, y) in y.iter_mut().enumerate() {
-                            *y = host::dot(&x[i * width..(i + 1) * width], w);
-                        }
-                    },
-                );
+                host::dots(x, w, y);
             });
             if let Some(bias) = bias {
                 y.iter_mut().for_each(|y| *y += bias[o]);

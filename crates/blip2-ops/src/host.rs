@@ -16,10 +16,34 @@ use rayon::prelude::*;
 /// enough to stay in the second-level cache.
 pub(crate) const GRAIN: usize = 16 * 1024;
 
+/// Whether this machine multiplies and adds in one instruction; known when the kernel is compiled.
+#[derive(Clone, Copy)]
+pub(crate) struct Fma(bool);
+
+impl Fma {
+    /// `a * b + c`
+    #[inline(always)]
+    pub(crate) fn of(self, a: f32, b: f32, c: f32) -> f32 {
+        // Without the instruction, `mul_add` would be a slow library call.
+        if self.0 { a.mul_add(b, c) } else { a * b + c }
+    }
+}
+
+struct Kernel<F>(F);
+
+impl<R, F: FnOnce(Fma) -> R> pulp::WithSimd for Kernel<F> {
+    type Output = R;
+
+    #[inline(always)]
+    fn with_simd<S: pulp::Simd>(self, _: S) -> R {
+        (self.0)(Fma(!S::IS_SCALAR))
+    }
+}
+
 /// Runs `f` compiled for the widest SIMD this machine has (`f` must be `#[inline(always)]`).
 #[inline(always)]
-pub(crate) fn simd<R>(f: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(f)
+pub(crate) fn simd<R>(f: impl FnOnce(Fma) -> R) -> R {
+    pulp::Arch::new().dispatch(Kernel(f))
 }
 
 /// The numbers of a CPU f32 tensor in row-major order: borrowed when contiguous, else gathered.
@@ -156,7 +180,7 @@ pub(crate) fn column_sums(matrix: &[f32], width: usize) -> Vec<f32> {
     let add = |start: usize, piece: &mut [f32]| {
         simd(
             #[inline(always)]
-            || {
+            |_| {
                 for row in matrix.chunks_exact(width) {
                     let row = &row[start..start + piece.len()];
                     for (s, r) in piece.iter_mut().zip(row) {
@@ -175,18 +199,26 @@ pub(crate) fn column_sums(matrix: &[f32], width: usize) -> Vec<f32> {
 }
 
 /// Lanes of the partial sums of a reduction. Fixed, so that the rounding is the same on every machine.
-const LANES: usize = 16;
+const LANES: usize = 32;
 
 /// Sum in [`LANES`] partial sums.
 #[inline(always)]
 pub(crate) fn sum(x: &[f32]) -> f32 {
-    reduce(x, |s, x| s + x)
+    reduce(
+        x,
+        #[inline(always)]
+        |s, x| s + x,
+    )
 }
 
 /// Sum of squares of `x - mean`.
 #[inline(always)]
-pub(crate) fn sum_squares(x: &[f32], mean: f32) -> f32 {
-    reduce(x, |s, x| s + (x - mean) * (x - mean))
+pub(crate) fn sum_squares(f: Fma, x: &[f32], mean: f32) -> f32 {
+    reduce(
+        x,
+        #[inline(always)]
+        |s, x| f.of(x - mean, x - mean, s),
+    )
 }
 
 #[inline(always)]
@@ -207,38 +239,126 @@ fn reduce(x: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
 
 /// Dot product in [`LANES`] partial sums.
 #[inline(always)]
-pub(crate) fn dot(x: &[f32], y: &[f32]) -> f32 {
+pub(crate) fn dot(f: Fma, x: &[f32], y: &[f32]) -> f32 {
     let n = x.len().min(y.len());
     let mut acc = [0f32; LANES];
     let (xs, x_rest) = x[..n].as_chunks::<LANES>();
     let (ys, y_rest) = y[..n].as_chunks::<LANES>();
     for (x, y) in xs.iter().zip(ys) {
         for l in 0..LANES {
-            acc[l] += x[l] * y[l];
+            acc[l] = f.of(x[l], y[l], acc[l]);
         }
     }
     let mut tail = 0f32;
     for (x, y) in x_rest.iter().zip(y_rest) {
-        tail += x * y;
+        tail = f.of(*x, *y, tail);
     }
     fold(acc) + tail
 }
 
+/// Dot products of `w` with each row of `x`; `w` is loaded once for four rows.
+pub(crate) fn dots(x: &[f32], w: &[f32], out: &mut [f32]) {
+    let width = w.len();
+    let row = |r: usize| &x[r * width..][..width];
+    let (fours, rest) = out.as_chunks_mut::<4>();
+    let done = fours.len() * 4;
+    for (i, out) in fours.iter_mut().enumerate() {
+        let x = [row(4 * i), row(4 * i + 1), row(4 * i + 2), row(4 * i + 3)];
+        *out = pulp::Arch::new().dispatch(Dot4 { x, w });
+    }
+    for (i, out) in rest.iter_mut().enumerate() {
+        *out = pulp::Arch::new().dispatch(Dot { x: row(done + i), w });
+    }
+}
+
+struct Dot<'a> {
+    x: &'a [f32],
+    w: &'a [f32],
+}
+
+impl pulp::WithSimd for Dot<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn with_simd<S: pulp::Simd>(self, simd: S) -> f32 {
+        let (x, x_rest) = S::as_simd_f32s(self.x);
+        let (w, w_rest) = S::as_simd_f32s(self.w);
+        let mut sums = [simd.splat_f32s(0.0); 4];
+        let (xs, x_few) = x.as_chunks::<4>();
+        let (ws, w_few) = w.as_chunks::<4>();
+        for (x, w) in xs.iter().zip(ws) {
+            sums[0] = simd.mul_add_f32s(x[0], w[0], sums[0]);
+            sums[1] = simd.mul_add_f32s(x[1], w[1], sums[1]);
+            sums[2] = simd.mul_add_f32s(x[2], w[2], sums[2]);
+            sums[3] = simd.mul_add_f32s(x[3], w[3], sums[3]);
+        }
+        for (x, w) in x_few.iter().zip(w_few) {
+            sums[0] = simd.mul_add_f32s(*x, *w, sums[0]);
+        }
+        let sum = simd.add_f32s(simd.add_f32s(sums[0], sums[1]), simd.add_f32s(sums[2], sums[3]));
+        let tail: f32 = x_rest.iter().zip(w_rest).map(|(x, w)| x * w).sum();
+        simd.reduce_sum_f32s(sum) + tail
+    }
+}
+
+/// Written with explicit vectors: the compiler does not keep eight sums in registers by itself.
+struct Dot4<'a> {
+    x: [&'a [f32]; 4],
+    w: &'a [f32],
+}
+
+impl pulp::WithSimd for Dot4<'_> {
+    type Output = [f32; 4];
+
+    #[inline(always)]
+    fn with_simd<S: pulp::Simd>(self, simd: S) -> [f32; 4] {
+        let (w, w_rest) = S::as_simd_f32s(self.w);
+        let [a, b, c, d] = self.x.map(S::as_simd_f32s);
+        let n = w.len();
+        let (a, b, c, d) = ((&a.0[..n], a.1), (&b.0[..n], b.1), (&c.0[..n], c.1), (&d.0[..n], d.1));
+        let mut sums = [simd.splat_f32s(0.0); 8];
+        let mut i = 0;
+        while i + 1 < n {
+            let (v, u) = (w[i], w[i + 1]);
+            sums[0] = simd.mul_add_f32s(a.0[i], v, sums[0]);
+            sums[1] = simd.mul_add_f32s(b.0[i], v, sums[1]);
+            sums[2] = simd.mul_add_f32s(c.0[i], v, sums[2]);
+            sums[3] = simd.mul_add_f32s(d.0[i], v, sums[3]);
+            sums[4] = simd.mul_add_f32s(a.0[i + 1], u, sums[4]);
+            sums[5] = simd.mul_add_f32s(b.0[i + 1], u, sums[5]);
+            sums[6] = simd.mul_add_f32s(c.0[i + 1], u, sums[6]);
+            sums[7] = simd.mul_add_f32s(d.0[i + 1], u, sums[7]);
+            i += 2;
+        }
+        if i < n {
+            sums[0] = simd.mul_add_f32s(a.0[i], w[i], sums[0]);
+            sums[1] = simd.mul_add_f32s(b.0[i], w[i], sums[1]);
+            sums[2] = simd.mul_add_f32s(c.0[i], w[i], sums[2]);
+            sums[3] = simd.mul_add_f32s(d.0[i], w[i], sums[3]);
+        }
+        let rest = [a.1, b.1, c.1, d.1];
+        std::array::from_fn(|r| {
+            let tail: f32 = rest[r].iter().zip(w_rest).map(|(x, w)| x * w).sum();
+            simd.reduce_sum_f32s(simd.add_f32s(sums[r], sums[r + 4])) + tail
+        })
+    }
+}
+
 /// Sum of `(x - mean) * y` in [`LANES`] partial sums.
 #[inline(always)]
-pub(crate) fn dot_centred(x: &[f32], mean: f32, y: &[f32]) -> f32 {
+pub(crate) fn dot_centred(f: Fma, x: &[f32], mean: f32, y: &[f32]) -> f32 {
     let n = x.len().min(y.len());
     let mut acc = [0f32; LANES];
     let (xs, x_rest) = x[..n].as_chunks::<LANES>();
     let (ys, y_rest) = y[..n].as_chunks::<LANES>();
     for (x, y) in xs.iter().zip(ys) {
         for l in 0..LANES {
-            acc[l] += (x[l] - mean) * y[l];
+            acc[l] = f.of(x[l] - mean, y[l], acc[l]);
         }
     }
     let mut tail = 0f32;
     for (x, y) in x_rest.iter().zip(y_rest) {
-        tail += (x - mean) * y;
+        tail = f.of(x - mean, *y, tail);
     }
     fold(acc) + tail
 }
@@ -262,11 +382,11 @@ pub(crate) fn max(x: &[f32]) -> f32 {
 
 /// Sum of `exp(x - top)` in [`LANES`] partial sums.
 #[inline(always)]
-pub(crate) fn sum_exp(x: &[f32], top: f32) -> f32 {
+pub(crate) fn sum_exp(f: Fma, x: &[f32], top: f32) -> f32 {
     reduce(
         x,
         #[inline(always)]
-        |s, x| s + exp(x - top),
+        |s, x| s + exp(f, x - top),
     )
 }
 
@@ -284,29 +404,27 @@ fn fold(mut acc: [f32; LANES]) -> f32 {
 
 /// e^x to about 2 units in the last place; 0 below the smallest normal number.
 #[inline(always)]
-pub(crate) fn exp(x: f32) -> f32 {
+pub(crate) fn exp(f: Fma, x: f32) -> f32 {
     // 1.5 * 2^23: adding it rounds to the nearest integer, which is left in the low mantissa bits.
     const ROUND: f32 = 12_582_912.0;
+    // ln 2 in two parts; the product of the first with any exponent is exact.
     const LN2_HIGH: f32 = 0.693_359_4;
     const LN2_LOW: f32 = -2.121_944_4e-4;
-    let clamped = x.clamp(-87.3, 88.7);
-    let shifted = clamped * std::f32::consts::LOG2_E + ROUND;
+    let shifted = f.of(x.clamp(-87.3, 88.7), std::f32::consts::LOG2_E, ROUND);
     let n = shifted - ROUND;
-    let r = clamped - n * LN2_HIGH - n * LN2_LOW;
+    let r = f.of(n, -LN2_LOW, f.of(n, -LN2_HIGH, x));
     // Taylor's series to r^7 leaves 2e-9 on |r| <= ln(2)/2.
-    let p = 1.0 / 5040.0;
-    let p = p * r + 1.0 / 720.0;
-    let p = p * r + 1.0 / 120.0;
-    let p = p * r + 1.0 / 24.0;
-    let p = p * r + 1.0 / 6.0;
-    let p = p * r + 0.5;
-    let p = p * r + 1.0;
-    let p = p * r + 1.0;
-    // 2^n in two factors, so that n = 128 does not overflow early.
-    let bits = shifted.to_bits() << 23;
-    let power = f32::from_bits(bits.wrapping_add(126 << 23)) * 2.0;
-    let y = p * power;
+    let p = f.of(1.0 / 5040.0, r, 1.0 / 720.0);
+    let p = f.of(p, r, 1.0 / 120.0);
+    let p = f.of(p, r, 1.0 / 24.0);
+    let p = f.of(p, r, 1.0 / 6.0);
+    let p = f.of(p, r, 0.5);
+    let p = f.of(p, r, 1.0);
+    let p = f.of(p, r, 1.0);
+    // 2^n, as 2 times 2^(n-1): n = 128 has no f32.
+    let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(126 << 23));
+    let y = p * power * 2.0;
+    // Outside the range r is not small, so y is nonsense there; a NaN passes through r.
     let y = if x < -87.3 { 0.0 } else { y };
-    let y = if x > 88.7 { f32::INFINITY } else { y };
-    if x.is_nan() { x } else { y }
+    if x > 88.7 { f32::INFINITY } else { y }
 }

@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use crate::host::{self, Host, simd};
+use crate::host::{self, Fma, Host, simd};
 
 const HARD: &str = "cross_entropy";
 const SOFT: &str = "soft_cross_entropy";
@@ -78,12 +78,12 @@ struct CrossEntropy {
 
 /// log Σ exp(x)
 #[inline(always)]
-fn log_sum_exp(x: &[f32]) -> f32 {
+fn log_sum_exp(f: Fma, x: &[f32]) -> f32 {
     let top = host::max(x);
     if top == f32::NEG_INFINITY {
         return top;
     }
-    top + host::sum_exp(x, top).ln()
+    top + host::sum_exp(f, x, top).ln()
 }
 
 impl CrossEntropy {
@@ -97,14 +97,14 @@ impl CrossEntropy {
         let row = |i: usize| {
             simd(
                 #[inline(always)]
-                || {
+                |f| {
                     let x = &x[i * c..(i + 1) * c];
                     match (&self.targets, soft) {
                         (Targets::Hard { classes, smoothing }, _) => {
                             if classes[i] == IGNORE {
                                 return (0.0, 0.0);
                             }
-                            let lse = log_sum_exp(x);
+                            let lse = log_sum_exp(f, x);
                             let mut loss = lse - x[classes[i] as usize];
                             if *smoothing > 0.0 {
                                 let even = lse - host::sum(x) / c as f32;
@@ -114,9 +114,9 @@ impl CrossEntropy {
                         }
                         (Targets::Soft(_), soft) => {
                             let t = soft.map_or(&[][..], |t| &t[i * c..(i + 1) * c]);
-                            let lse = log_sum_exp(x);
+                            let lse = log_sum_exp(f, x);
                             // -Σ t (x - lse)
-                            (lse, -host::dot_centred(x, lse, t))
+                            (lse, -host::dot_centred(f, x, lse, t))
                         }
                     }
                 },
@@ -156,7 +156,7 @@ impl CustomOp1 for CrossEntropy {
         host::for_pieces(&mut dx, host::rows_per_piece(c) * c, |start, dx| {
             simd(
                 #[inline(always)]
-                || {
+                |f| {
                     for (r, dx) in dx.chunks_exact_mut(c).enumerate() {
                         let i = start / c + r;
                         let (x, lse) = (&x[i * c..(i + 1) * c], log_sums[i]);
@@ -167,7 +167,7 @@ impl CustomOp1 for CrossEntropy {
                                 }
                                 let even = smoothing / c as f32;
                                 for (d, x) in dx.iter_mut().zip(x) {
-                                    *d = (host::exp(x - lse) - even) * scale;
+                                    *d = (host::exp(f, x - lse) - even) * scale;
                                 }
                                 dx[classes[i] as usize] -= (1.0 - smoothing) * scale;
                             }
@@ -175,7 +175,7 @@ impl CustomOp1 for CrossEntropy {
                                 let t = soft.map_or(&[][..], |t| &t[i * c..(i + 1) * c]);
                                 let mass = host::sum(t);
                                 for ((d, x), t) in dx.iter_mut().zip(x).zip(t) {
-                                    *d = (host::exp(x - lse) * mass - t) * scale;
+                                    *d = (host::exp(f, x - lse) * mass - t) * scale;
                                 }
                             }
                         }

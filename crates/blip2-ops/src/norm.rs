@@ -8,7 +8,7 @@ use candle_core::{
 };
 use rayon::prelude::*;
 
-use crate::host::{self, Host, simd};
+use crate::host::{self, Fma, Host, simd};
 
 const LAYER_NORM: &str = "layer_norm";
 const RMS_NORM: &str = "rms_norm";
@@ -57,10 +57,10 @@ fn for_rows(y: &mut [f32], d: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
 }
 
 #[inline(always)]
-fn mean_rstd(x: &[f32], eps: f32) -> (f32, f32) {
+fn mean_rstd(f: Fma, x: &[f32], eps: f32) -> (f32, f32) {
     let d = x.len() as f32;
     let mean = host::sum(x) / d;
-    let var = host::sum_squares(x, mean) / d;
+    let var = host::sum_squares(f, x, mean) / d;
     (mean, 1.0 / (var + eps).sqrt())
 }
 
@@ -90,10 +90,10 @@ impl CustomOp3 for LayerNorm {
         for_rows(&mut y, d, |start, y| {
             simd(
                 #[inline(always)]
-                || {
+                |f| {
                     let x = &x[start..start + y.len()];
                     for (x, y) in x.chunks_exact(d).zip(y.chunks_exact_mut(d)) {
-                        let (mean, rstd) = mean_rstd(x, eps);
+                        let (mean, rstd) = mean_rstd(f, x, eps);
                         for (((y, x), w), b) in y.iter_mut().zip(x).zip(w).zip(b) {
                             *y = (x - mean) * rstd * w + b;
                         }
@@ -120,7 +120,7 @@ impl CustomOp3 for LayerNorm {
             grad,
             [weight.track_op(), bias.track_op()],
             #[inline(always)]
-            |x| mean_rstd(x, eps),
+            |f, x| mean_rstd(f, x, eps),
             true,
         )?;
         let [dw, db] = sums;
@@ -133,8 +133,8 @@ struct RmsNorm {
 }
 
 #[inline(always)]
-fn rms_rstd(x: &[f32], eps: f32) -> f32 {
-    1.0 / (host::dot(x, x) / x.len() as f32 + eps).sqrt()
+fn rms_rstd(f: Fma, x: &[f32], eps: f32) -> f32 {
+    1.0 / (host::dot(f, x, x) / x.len() as f32 + eps).sqrt()
 }
 
 impl CustomOp2 for RmsNorm {
@@ -156,10 +156,10 @@ impl CustomOp2 for RmsNorm {
         for_rows(&mut y, d, |start, y| {
             simd(
                 #[inline(always)]
-                || {
+                |f| {
                     let x = &x[start..start + y.len()];
                     for (x, y) in x.chunks_exact(d).zip(y.chunks_exact_mut(d)) {
-                        let rstd = rms_rstd(x, eps);
+                        let rstd = rms_rstd(f, x, eps);
                         for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
                             *y = x * rstd * w;
                         }
@@ -185,7 +185,7 @@ impl CustomOp2 for RmsNorm {
             grad,
             [weight.track_op(), false],
             #[inline(always)]
-            |x| (0.0, rms_rstd(x, eps)),
+            |f, x| (0.0, rms_rstd(f, x, eps)),
             false,
         )?;
         Ok((dx, dw))
@@ -202,7 +202,7 @@ fn norm_backward(
     weight: &Tensor,
     grad: &Tensor,
     want: [bool; 2],
-    stats: impl Fn(&[f32]) -> (f32, f32) + Sync,
+    stats: impl Fn(Fma, &[f32]) -> (f32, f32) + Sync,
     centred: bool,
 ) -> Result<(Option<Tensor>, [Option<Tensor>; 2])> {
     let (xs, ws, gs) = (Host::new(op, x)?, Host::new(op, weight)?, Host::new(op, grad)?);
@@ -216,11 +216,11 @@ fn norm_backward(
     let kernel = |start: usize, mut dx: &mut [f32], sums: &mut [f32]| {
         simd(
             #[inline(always)]
-            || {
+            |f| {
                 let len = piece.min(xs.len() - start);
                 let (xs, gs) = (&xs[start..start + len], &gs[start..start + len]);
                 for (x, g) in xs.chunks_exact(d).zip(gs.chunks_exact(d)) {
-                    let (mean, rstd) = stats(x);
+                    let (mean, rstd) = stats(f, x);
                     if want_sums {
                         let (dw, db) = sums.split_at_mut(d);
                         for (((dw, db), x), g) in dw.iter_mut().zip(db).zip(x).zip(g) {
@@ -235,7 +235,7 @@ fn norm_backward(
                             *r = g * w;
                         }
                         let mean_g = if centred { host::sum(row) / d as f32 } else { 0.0 };
-                        let along = host::dot_centred(x, mean, row) * rstd / d as f32;
+                        let along = host::dot_centred(f, x, mean, row) * rstd / d as f32;
                         let (a, b) = (along * rstd * rstd, mean_g * rstd);
                         for (r, x) in row.iter_mut().zip(x) {
                             *r = *r * rstd - (x - mean) * a - b;
@@ -285,10 +285,10 @@ impl CustomOp1 for L2Normalize {
         for_rows(&mut y, d, |start, y| {
             simd(
                 #[inline(always)]
-                || {
+                |f| {
                     let x = &x[start..start + y.len()];
                     for (x, y) in x.chunks_exact(d).zip(y.chunks_exact_mut(d)) {
-                        let norm = host::dot(x, x).sqrt().max(L2_FLOOR);
+                        let norm = host::dot(f, x, x).sqrt().max(L2_FLOOR);
                         for (y, x) in y.iter_mut().zip(x) {
                             *y = x / norm;
                         }
@@ -306,15 +306,15 @@ impl CustomOp1 for L2Normalize {
         for_rows(&mut dx, d, |start, dx| {
             simd(
                 #[inline(always)]
-                || {
+                |f| {
                     let end = start + dx.len();
                     let (xs, gs) = (&xs[start..end], &gs[start..end]);
                     let rows = xs.chunks_exact(d).zip(gs.chunks_exact(d));
                     for ((x, g), dx) in rows.zip(dx.chunks_exact_mut(d)) {
-                        let norm = host::dot(x, x).sqrt();
+                        let norm = host::dot(f, x, x).sqrt();
                         // Below the floor the divisor is a constant.
                         let along =
-                            if norm > L2_FLOOR { host::dot(x, g) / (norm * norm) } else { 0.0 };
+                            if norm > L2_FLOOR { host::dot(f, x, g) / (norm * norm) } else { 0.0 };
                         let norm = norm.max(L2_FLOOR);
                         for ((dx, x), g) in dx.iter_mut().zip(x).zip(g) {
                             *dx = (g - x * along) / norm;

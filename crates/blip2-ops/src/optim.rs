@@ -67,7 +67,7 @@ pub fn sum_of_squares(x: &Tensor) -> Result<f64> {
         .map(|x| {
             simd(
                 #[inline(always)]
-                || host::dot(x, x),
+                |f| host::dot(f, x, x),
             )
         })
         .collect();
@@ -118,7 +118,7 @@ impl InplaceOp2 for Step<'_> {
             .for_each(|(((p, m), v), g)| {
                 simd(
                     #[inline(always)]
-                    || {
+                    |_| {
                         for (((p, m), v), g) in p.iter_mut().zip(m).zip(v).zip(g) {
                             let g = g * scale;
                             *m = b1 * *m + c1 * g;

@@ -4,8 +4,7 @@
 //! own (slower) row look-up in `frozen.rs`.
 
 use candle_core::quantized::GgmlDType;
-use half::slice::HalfFloatSliceExt;
-use half::{bf16, f16};
+use half::f16;
 
 use crate::host::simd;
 
@@ -19,49 +18,70 @@ pub(crate) fn known(dtype: GgmlDType) -> bool {
 pub(crate) fn dequantize(dtype: GgmlDType, bytes: &[u8], out: &mut [f32]) {
     simd(
         #[inline(always)]
-        || match dtype {
-            GgmlDType::F16 => halves(bytes, out, f16::from_le_bytes, f16::to_f32),
-            GgmlDType::BF16 => halves(bytes, out, bf16::from_le_bytes, bf16::to_f32),
-            GgmlDType::Q4_0 => blocks::<18, 32>(bytes, out, q4_0),
-            GgmlDType::Q4_1 => blocks::<20, 32>(bytes, out, q4_1),
-            GgmlDType::Q5_0 => blocks::<22, 32>(bytes, out, q5_0),
-            GgmlDType::Q5_1 => blocks::<24, 32>(bytes, out, q5_1),
-            GgmlDType::Q8_0 => blocks::<34, 32>(bytes, out, q8_0),
-            GgmlDType::Q4K => blocks::<144, 256>(bytes, out, q4_k),
-            GgmlDType::Q5K => blocks::<176, 256>(bytes, out, q5_k),
-            GgmlDType::Q6K => blocks::<210, 256>(bytes, out, q6_k),
-            _ => out.fill(f32::NAN),
+        |_| {
+            // A macro, because a function passed as a value would not be inlined, and so not be
+            // compiled for the SIMD chosen here.
+            macro_rules! blocks {
+                ($bytes:literal, $n:literal, $unpack:ident) => {
+                    for (block, y) in
+                        bytes.as_chunks::<$bytes>().0.iter().zip(out.as_chunks_mut::<$n>().0)
+                    {
+                        $unpack(block, y);
+                    }
+                };
+            }
+            match dtype {
+                GgmlDType::F16 => {
+                    for (h, y) in bytes.as_chunks::<2>().0.iter().zip(out) {
+                        *y = half_to_f32(u16::from_le_bytes(*h));
+                    }
+                }
+                GgmlDType::BF16 => {
+                    for (h, y) in bytes.as_chunks::<2>().0.iter().zip(out) {
+                        *y = f32::from_bits(u32::from(u16::from_le_bytes(*h)) << 16);
+                    }
+                }
+                GgmlDType::Q4_0 => blocks!(18, 32, q4_0),
+                GgmlDType::Q4_1 => blocks!(20, 32, q4_1),
+                GgmlDType::Q5_0 => blocks!(22, 32, q5_0),
+                GgmlDType::Q5_1 => blocks!(24, 32, q5_1),
+                GgmlDType::Q8_0 => blocks!(34, 32, q8_0),
+                GgmlDType::Q4K => blocks!(144, 256, q4_k),
+                GgmlDType::Q5K => blocks!(176, 256, q5_k),
+                GgmlDType::Q6K => blocks!(210, 256, q6_k),
+                _ => out.fill(f32::NAN),
+            }
         },
     );
 }
 
 /// Unpacks f16 values.
 pub(crate) fn from_f16(values: &[f16], out: &mut [f32]) {
-    values.convert_to_f32_slice(out);
+    simd(
+        #[inline(always)]
+        |_| {
+            for (h, y) in values.iter().zip(out) {
+                *y = half_to_f32(h.to_bits());
+            }
+        },
+    );
 }
 
+/// f16 bits → f32 without branches, so that loops over it are vectorised.
 #[inline(always)]
-fn halves<T>(bytes: &[u8], out: &mut [f32], read: fn([u8; 2]) -> T, to_f32: fn(T) -> f32) {
-    for (b, y) in bytes.as_chunks::<2>().0.iter().zip(out) {
-        *y = to_f32(read(*b));
-    }
-}
-
-#[inline(always)]
-fn blocks<const BYTES: usize, const N: usize>(
-    bytes: &[u8],
-    out: &mut [f32],
-    unpack: impl Fn(&[u8; BYTES], &mut [f32; N]),
-) {
-    let out = out.as_chunks_mut::<N>().0;
-    for (block, y) in bytes.as_chunks::<BYTES>().0.iter().zip(out) {
-        unpack(block, y);
-    }
+fn half_to_f32(h: u16) -> f32 {
+    // 2^112: the difference of the exponents' biases. Also makes subnormal halves normal.
+    const REBIAS: f32 = f32::from_bits((112 + 127) << 23);
+    let h = u32::from(h);
+    let magnitude = f32::from_bits((h & 0x7FFF) << 13) * REBIAS;
+    // Infinity and NaN have all exponent bits set in both formats.
+    let special = if h & 0x7C00 == 0x7C00 { 0x7F80_0000 } else { 0 };
+    f32::from_bits(magnitude.to_bits() | special | (h & 0x8000) << 16)
 }
 
 #[inline(always)]
 fn half(block: &[u8], at: usize) -> f32 {
-    f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
+    half_to_f32(u16::from_le_bytes([block[at], block[at + 1]]))
 }
 
 #[inline(always)]
@@ -121,8 +141,9 @@ fn q5_1(block: &[u8; 24], y: &mut [f32; 32]) {
 #[inline(always)]
 fn q8_0(block: &[u8; 34], y: &mut [f32; 32]) {
     let d = half(block, 0);
-    for (y, q) in y.iter_mut().zip(&block[2..]) {
-        *y = f32::from(*q as i8) * d;
+    let Some(q) = block.last_chunk::<32>() else { return };
+    for j in 0..32 {
+        y[j] = f32::from(q[j] as i8) * d;
     }
 }
 
@@ -191,6 +212,19 @@ fn q6_k(block: &[u8; 210], y: &mut [f32; 256]) {
                 y[l + 64] = ds[2] * ((a >> 4 | (h >> 4 & 3) << 4) - 32) as f32;
                 y[l + 96] = ds[3] * ((b >> 4 | (h >> 6) << 4) - 32) as f32;
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_half_becomes_the_same_number() {
+        for bits in 0..=u16::MAX {
+            let (ours, theirs) = (half_to_f32(bits), f16::from_bits(bits).to_f32());
+            assert!(ours.to_bits() == theirs.to_bits() || ours.is_nan() && theirs.is_nan());
         }
     }
 }

@@ -61,7 +61,7 @@ impl Rope {
         host::for_pieces(&mut y, host::rows_per_piece(width) * width, |start, y| {
             simd(
                 #[inline(always)]
-                || {
+                |_| {
                     let x = &x[start..start + y.len()];
                     for (r, (x, y)) in
                         x.chunks_exact(width).zip(y.chunks_exact_mut(width)).enumerate()

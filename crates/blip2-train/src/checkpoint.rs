@@ -124,7 +124,7 @@ impl Checkpoints {
             serde_json::to_vec_pretty(state).map_err(|err| Error::Checkpoint(err.to_string()))?;
         let files =
             [(WEIGHTS, serialize(weights)?), (OPTIMIZER, serialize(optimizer)?), (STATE, json)];
-        let path = self.save_files(state.step, &files, |file, bytes| file.write_all(bytes))?;
+        let path = self.save_files(state.step, &files, Write::write_all)?;
         self.prune(state.step);
         Ok(path)
     }

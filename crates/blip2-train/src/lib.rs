@@ -5,6 +5,7 @@ pub mod checkpoint;
 pub mod data;
 mod error;
 pub mod eval;
+pub mod evaluate;
 pub mod features;
 pub mod init;
 pub mod log;

@@ -48,7 +48,10 @@ impl Monitor for RunLog {
         let terminal = std::io::stderr().is_terminal();
         self.open = Some(Open {
             metrics: MetricsLog::open(&self.dir.join(METRICS), start.step)?,
-            events: EventWriter::create(&self.dir.join(EVENTS), (start.step > 0).then_some(start.step + 1))?,
+            events: EventWriter::create(
+                &self.dir.join(EVENTS),
+                (start.step > 0).then_some(start.step + 1),
+            )?,
             progress: Progress::new(std::io::stderr(), terminal, PLAIN_EVERY, start.total_steps),
             last_step: start.total_steps,
         });

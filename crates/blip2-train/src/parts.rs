@@ -16,7 +16,9 @@ use std::path::{Path, PathBuf};
 
 use blip2::assets::{self, Check, Progress};
 use blip2::image::Normalize;
-use blip2::model::{Files, LlmPart, MANIFEST, Manifest, Model, PartFile, Stage1Part, Stage2Part, VisionPart};
+use blip2::model::{
+    Files, LlmPart, MANIFEST, Manifest, Model, PartFile, Stage1Part, Stage2Part, VisionPart,
+};
 use blip2::nn::Activation;
 use blip2::params;
 use blip2::qformer::QFormerConfig;
@@ -135,7 +137,11 @@ impl Base {
     ///
     /// # Errors
     /// If the vocabulary can't be read.
-    pub fn stage1_config(&self, section: &QformerSection, encoder_width: usize) -> Result<Stage1Config> {
+    pub fn stage1_config(
+        &self,
+        section: &QformerSection,
+        encoder_width: usize,
+    ) -> Result<Stage1Config> {
         let bert = &self.bert;
         Ok(Stage1Config {
             qformer: QFormerConfig {
@@ -160,7 +166,11 @@ impl Base {
     ///
     /// # Errors
     /// If BERT's weights can't be read or don't fit.
-    pub fn stage1_start(&self, config: &Stage1Config, seed: u64) -> Result<BTreeMap<String, Tensor>> {
+    pub fn stage1_start(
+        &self,
+        config: &Stage1Config,
+        seed: u64,
+    ) -> Result<BTreeMap<String, Tensor>> {
         let bert = match &self.bert.weights {
             Some(path) => params::read_file(path)?,
             None => BTreeMap::new(),
@@ -172,7 +182,12 @@ impl Base {
     ///
     /// # Errors
     /// If a file can't be read or written.
-    pub fn add_stage1(&self, config: &Stage1Config, max_text_len: usize, weights: &Path) -> Result<()> {
+    pub fn add_stage1(
+        &self,
+        config: &Stage1Config,
+        max_text_len: usize,
+        weights: &Path,
+    ) -> Result<()> {
         copy(weights, &self.dir.join(STAGE1))?;
         let mut manifest = self.manifest()?;
         manifest.stage1 = Some(Stage1Part {
@@ -211,7 +226,8 @@ impl Base {
     }
 
     fn write(&self, manifest: &Manifest) -> Result<()> {
-        let json = serde_json::to_vec_pretty(manifest).map_err(|err| Error::Recipe(err.to_string()))?;
+        let json =
+            serde_json::to_vec_pretty(manifest).map_err(|err| Error::Recipe(err.to_string()))?;
         write_atomic(&self.dir.join(MANIFEST), &json)
     }
 }
@@ -294,13 +310,18 @@ fn vocabulary<'a>(texts: impl Iterator<Item = &'a str>) -> Vec<u8> {
         words.extend(split.filter(|word| word.len() > 1).map(str::to_owned));
     }
     let special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"].map(str::to_owned);
-    let single = (b'!'..=b'~').filter(|c| !c.is_ascii_uppercase()).map(|c| char::from(c).to_string());
+    let single =
+        (b'!'..=b'~').filter(|c| !c.is_ascii_uppercase()).map(|c| char::from(c).to_string());
     let inside = (b'a'..=b'z').chain(b'0'..=b'9').map(|c| format!("##{}", char::from(c)));
     let lines: Vec<String> = special.into_iter().chain(single).chain(inside).chain(words).collect();
     (lines.join("\n") + "\n").into_bytes()
 }
 
-fn vision_part(section: &VisionSection, seed: u64, dir: &Path) -> Result<(VisionPart, serde_json::Value)> {
+fn vision_part(
+    section: &VisionSection,
+    seed: u64,
+    dir: &Path,
+) -> Result<(VisionPart, serde_json::Value)> {
     match *section {
         VisionSection::Mini {} => {
             let part = VisionPart {
@@ -347,9 +368,11 @@ impl Draw {
     }
 
     fn normal(&mut self, name: &str, shape: &[usize], std: f64) -> Result<()> {
-        let hash = sha256(name.as_bytes()).bytes().fold(0u64, |h, b| h.rotate_left(5) ^ u64::from(b));
+        let hash =
+            sha256(name.as_bytes()).bytes().fold(0u64, |h, b| h.rotate_left(5) ^ u64::from(b));
         let mut rng = Rng::new(self.seed, &[purpose::INIT, hash]);
-        let values: Vec<f32> = (0..shape.iter().product()).map(|_| (rng.normal() * std) as f32).collect();
+        let values: Vec<f32> =
+            (0..shape.iter().product()).map(|_| (rng.normal() * std) as f32).collect();
         self.tensors.insert(name.to_owned(), Tensor::from_vec(values, shape, &Device::Cpu)?);
         Ok(())
     }
@@ -434,15 +457,15 @@ fn byte_tokenizer() -> serde_json::Value {
     let mut vocab = serde_json::Map::new();
     for byte in 0..=255u8 {
         let printable = matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
-        let name = if printable { Some(char::from(byte)) } else { spare.next().and_then(char::from_u32) };
+        let name =
+            if printable { Some(char::from(byte)) } else { spare.next().and_then(char::from_u32) };
         vocab.insert(name.unwrap_or_default().to_string(), byte.into());
     }
     let special = ["<|start|>", "<|end|>"].into_iter().zip(256u32..).map(|(content, id)| {
         json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
             "normalized": false, "special": true})
     });
-    let byte_level =
-        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false});
+    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false});
     json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": special.collect::<Vec<_>>(),
         "normalizer": null, "pre_tokenizer": byte_level, "post_processor": null, "decoder": byte_level,

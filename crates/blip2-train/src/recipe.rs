@@ -396,14 +396,7 @@ impl RecipeFile {
     /// # Errors
     /// As [`RecipeFile::read`].
     pub fn parse(text: &str, changes: &[String]) -> Result<Self> {
-        let mut table: toml::Table =
-            toml::from_str(text).map_err(|err| Error::Recipe(err.to_string()))?;
-        for change in changes {
-            set(&mut table, change)?;
-        }
-        // Reading the text again, not the table, makes errors show the line.
-        let text = if changes.is_empty() { text.to_owned() } else { table.to_string() };
-        let file: Self = toml::from_str(&text).map_err(|err| Error::Recipe(err.to_string()))?;
+        let file: Self = parse_toml(text, changes)?;
         file.check()?;
         Ok(file)
     }
@@ -585,6 +578,18 @@ pub fn differences(a: &serde_json::Value, b: &serde_json::Value) -> Vec<String> 
 
 /// Applies one `key=value`: a dotted key and a TOML value. What is no TOML value is taken as a string, so that
 /// `name=test` needs no quotes inside the shell's quotes.
+/// Reads TOML after `changes`, each `key=value`.
+pub(crate) fn parse_toml<T: serde::de::DeserializeOwned>(text: &str, changes: &[String]) -> Result<T> {
+    let mut table: toml::Table =
+        toml::from_str(text).map_err(|err| Error::Recipe(err.to_string()))?;
+    for change in changes {
+        set(&mut table, change)?;
+    }
+    // Reading the text again, not the table, makes errors show the line.
+    let text = if changes.is_empty() { text.to_owned() } else { table.to_string() };
+    toml::from_str(&text).map_err(|err| Error::Recipe(err.to_string()))
+}
+
 fn set(table: &mut toml::Table, change: &str) -> Result<()> {
     let wrong = |reason: &str| Error::Recipe(format!("--set {change}: {reason}"));
     let (key, value) = change.split_once('=').ok_or_else(|| wrong("expected key=value"))?;

@@ -34,7 +34,9 @@ use crate::parts::{Base, llm_format};
 use crate::recipe::{CaptionChoice, Recipe, RecipeFile, Stage, Stage2Init};
 use crate::rng::Rng;
 use crate::steps::{self, LlmText, Stage1Batch, StepContext, Texts};
-use crate::trainer::{Draws, MODEL, Monitor, Outcome, Resume, Run, Source, StepOutput, Task, train};
+use crate::trainer::{
+    Draws, MODEL, Monitor, Outcome, Resume, Run, Source, StepOutput, Task, train,
+};
 use crate::{Error, Result, init};
 
 /// The reference cuts captions at this many words.
@@ -129,8 +131,7 @@ impl Pictures {
                 .collect::<Result<Vec<_>>>()?;
             Ok(vision.encode(&pictures)?)
         };
-        let mut build =
-            Build { batch: section.batch_size, encode: &mut encode, progress, stop };
+        let mut build = Build { batch: section.batch_size, encode: &mut encode, progress, stop };
         let cache = FeatureCache::open(&section.dir, &key, shape, &mut build)?;
         self.cache = cache;
         Ok(self.cache.is_some())
@@ -178,7 +179,8 @@ impl Pictures {
 
 /// Hash of keys, captions and shard sizes. Picture bytes are covered by the shards' sizes only: hashing gigabytes at
 /// every start would cost minutes.
-fn data_hash(dataset: &Dataset, metas: &[Meta], dir: &Path, split: &str) -> Result<String> {
+/// Names a split by its shards and its samples' texts.
+pub(crate) fn data_hash(dataset: &Dataset, metas: &[Meta], dir: &Path, split: &str) -> Result<String> {
     let mut text = String::new();
     let mut shards: Vec<PathBuf> = std::fs::read_dir(dir)
         .map_err(Error::io(dir))?
@@ -250,7 +252,8 @@ impl<'a> Stage1Task<'a> {
         config: &Stage1Config,
         vision: Option<&'a Vision>,
     ) -> Result<Self> {
-        let Stage::One { max_text_len, label_smoothing, same_caption_matches } = recipe.stage else {
+        let Stage::One { max_text_len, label_smoothing, same_caption_matches } = recipe.stage
+        else {
             return Err(Error::Recipe("not a recipe of stage 1".into()));
         };
         let params = ParamStore::new(base.stage1_start(config, recipe.seed)?)?;
@@ -281,8 +284,7 @@ impl Source for Stage1Source<'_> {
         let captions: Vec<String> =
             plan.samples.iter().map(|&i| self.pictures.caption(i, &mut plan.rng(i))).collect();
         let batch = self.tokenizer.encode_batch(&captions, true, self.padding)?;
-        let texts =
-            Texts { tokens: batch.mask_tensor()?.to_dtype(DType::U8)?, ids: batch.ids };
+        let texts = Texts { tokens: batch.mask_tensor()?.to_dtype(DType::U8)?, ids: batch.ids };
         let image_ids = if self.same_caption_matches {
             Some(captions.iter().map(|text| text_id(text)).collect())
         } else if self.has_image_ids {
@@ -388,7 +390,8 @@ impl<'a> Stage2Task<'a> {
         (llm, tokenizer): (Llm, Tokenizer),
         vision: Option<&'a Vision>,
     ) -> Result<Self> {
-        let Stage::Two { max_text_len, prompt, question_prompt, questions, .. } = &recipe.stage else {
+        let Stage::Two { max_text_len, prompt, question_prompt, questions, .. } = &recipe.stage
+        else {
             return Err(Error::Recipe("not a recipe of stage 2".into()));
         };
         let (stage1_config, weights) = stage1;
@@ -408,6 +411,7 @@ impl<'a> Stage2Task<'a> {
             question_prompt: question_prompt.clone(),
             questions: *questions,
         };
+        source.check()?;
         Ok(Self { source, vision, llm, params, model })
     }
 
@@ -419,11 +423,7 @@ impl<'a> Stage2Task<'a> {
 }
 
 fn stage2_config(stage1: &Stage1Config, llm_width: usize) -> Stage2Config {
-    Stage2Config {
-        qformer: stage1.qformer.clone(),
-        llm_width,
-        ln_vision_eps: stage1.ln_vision_eps,
-    }
+    Stage2Config { qformer: stage1.qformer.clone(), llm_width, ln_vision_eps: stage1.ln_vision_eps }
 }
 
 impl Source for Stage2Source<'_> {
@@ -445,6 +445,17 @@ impl Source for Stage2Source<'_> {
 }
 
 impl Stage2Source<'_> {
+    /// Whether every question leaves room for its answer: better known now than after hours.
+    fn check(&self) -> Result<()> {
+        if self.questions == 0.0 {
+            return Ok(());
+        }
+        self.pictures.metas.par_iter().flat_map_iter(|meta| &meta.qa).try_for_each(|pair| {
+            let prompt = self.question_prompt.replacen("{}", pair.question.trim(), 1);
+            llm_text(&self.tokenizer, &prompt, &pair.answer, self.max_text_len).map(drop)
+        })
+    }
+
     /// A caption behind the prompt, or the answer to one of the picture's questions.
     fn text(&self, sample: usize, rng: &mut Rng) -> Result<LlmText> {
         let pairs = &self.pictures.metas[sample].qa;
@@ -504,8 +515,7 @@ impl<'a> Task for Stage2Task<'a> {
         _ranks: &Arc<dyn Communicator>,
     ) -> Result<StepOutput> {
         let patches = patches(&batch.shown, self.vision)?;
-        let loss =
-            steps::stage2(&self.model, &self.llm, &patches, &batch.texts, &draws.dropout())?;
+        let loss = steps::stage2(&self.model, &self.llm, &patches, &batch.texts, &draws.dropout())?;
         let value = loss.to_scalar()?;
         Ok(StepOutput { loss, parts: vec![("lm", value)] })
     }
@@ -583,8 +593,12 @@ fn train_stage(
     let number = recipe.stage_number();
     let dir = session.dir.join(format!("stage{number}"));
     let mut monitor = (session.monitor)(number, &dir, recipe);
-    let run =
-        Run { dir: &dir, resume: session.resume, stop: session.stop, ranks: Arc::new(SingleProcess) };
+    let run = Run {
+        dir: &dir,
+        resume: session.resume,
+        stop: session.stop,
+        ranks: Arc::new(SingleProcess),
+    };
     let outcome = match &recipe.stage {
         Stage::One { max_text_len, .. } => {
             let task = Stage1Task::new(recipe, &base, &pictures, &config, vision.as_ref())?;

@@ -3,6 +3,8 @@
 //! `golden/metrics.json` and `golden/caption_words.json` were made by pycocoevalcap 1.2 (see the scripts beside them).
 //! With `BLIP2_KEEP_TEST_OUTPUT=FOLDER` set while compiling, the page, the pictures and the event files stay there.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests outside #[test] functions")]
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};

@@ -1,5 +1,7 @@
 //! Laws and goldens of the training machinery, on toy problems: no pictures, no model, seconds.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fs;

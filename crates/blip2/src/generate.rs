@@ -188,14 +188,6 @@ fn check(options: &Options) -> Result<()> {
         Strategy::Sample(sampling) => (None, Some(sampling)),
         Strategy::BeamSample(beam, sampling) => (Some(beam), Some(sampling)),
     };
-    let most = match (beam, sampling) {
-        (None, None) => 1,
-        (Some(beam), _) => beam.num_beams,
-        (None, Some(_)) => usize::MAX,
-    };
-    if *num_return > most {
-        return refuse(format!("num_return {num_return} is above the {most} there can be"));
-    }
     if let Some(beam) = beam {
         if beam.num_beams == 0 {
             return refuse("num_beams is 0".into());
@@ -211,6 +203,14 @@ fn check(options: &Options) -> Result<()> {
         if !(*top_p > 0.0 && *top_p <= 1.0) {
             return refuse(format!("top_p {top_p} is not in (0, 1]"));
         }
+    }
+    let most = match (beam, sampling) {
+        (None, None) => 1,
+        (Some(beam), _) => beam.num_beams,
+        (None, Some(_)) => usize::MAX,
+    };
+    if *num_return > most {
+        return refuse(format!("num_return {num_return} is above the {most} there can be"));
     }
     Ok(())
 }
@@ -367,7 +367,9 @@ fn log_sum_exp(scores: &[f32]) -> f32 {
     if max == f32::NEG_INFINITY {
         return max;
     }
-    max + scores.iter().map(|x| (x - max).exp()).sum::<f32>().ln()
+    // In f64: 49 152 terms one after the other in f32 are 1e-4 off.
+    let sum: f64 = scores.iter().map(|x| f64::from((x - max).exp())).sum();
+    max + sum.ln() as f32
 }
 
 /// Temperature, then `top_k`, then `top_p`; what is cut becomes −∞. At least `keep` tokens stay.
@@ -390,8 +392,9 @@ fn trim(scores: &mut [f32], sampling: &Sampling, keep: usize) {
         let total = log_sum_exp(scores);
         let mut order: Vec<usize> =
             (0..scores.len()).filter(|i| scores[*i] > f32::NEG_INFINITY).collect();
-        order.sort_by(|a, b| descending(&scores[*a], &scores[*b]));
-        // A token stays while the likelier ones hold less than top_p.
+        // A token stays while the likelier ones hold less than top_p; of equals the last comes first,
+        // as in transformers.
+        order.sort_by(|a, b| descending(&scores[*a], &scores[*b]).then(b.cmp(a)));
         let mut likelier = 0.0;
         for (rank, i) in order.into_iter().enumerate() {
             let probability = f64::from((scores[i] - total).exp());
@@ -640,5 +643,54 @@ impl Best {
         let at = self.sorted.partition_point(|c| c.rank >= candidate.rank);
         self.sorted.insert(at, candidate);
         self.sorted.truncate(self.keep);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device};
+
+    use super::*;
+
+    /// `penalise` and `trim` against transformers' logits processors.
+    #[test]
+    fn processed_logits_are_transformers() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../golden/generate.safetensors");
+        let golden = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
+        let ids = golden["ids"].to_dtype(DType::U32).unwrap().to_vec2::<u32>().unwrap();
+        let logits = golden["logits"].to_vec2::<f32>().unwrap();
+        let off = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, seed: 0 };
+        let none = Options::default();
+        let repetition = Options { repetition_penalty: 1.3, ..none.clone() };
+        let minimum = Options { min_new_tokens: 8, eos: vec![2, 11], ..none.clone() };
+        let top_p = |top_p| Sampling { top_p, ..off };
+        let cases = [
+            ("temperature_0.7", &none, Sampling { temperature: 0.7, ..off }, 1),
+            ("temperature_1.5", &none, Sampling { temperature: 1.5, ..off }, 1),
+            ("top_k_5", &none, Sampling { top_k: 5, ..off }, 1),
+            ("top_k_500", &none, Sampling { top_k: 500, ..off }, 1),
+            ("top_k_1_keep_2", &none, Sampling { top_k: 1, ..off }, 2),
+            ("top_p_0.9", &none, top_p(0.9), 1),
+            ("top_p_0.5", &none, top_p(0.5), 1),
+            ("top_p_0.05", &none, top_p(0.05), 1),
+            ("top_p_0.9_keep_2", &none, top_p(0.9), 2),
+            ("top_p_0.5_keep_2", &none, top_p(0.5), 2),
+            ("top_p_0.05_keep_2", &none, top_p(0.05), 2),
+            ("repetition_1.3", &repetition, off, 1),
+            ("min_new_8", &minimum, off, 1),
+            ("all", &repetition, Sampling { temperature: 0.7, top_k: 20, top_p: 0.9, seed: 0 }, 1),
+        ];
+        for (name, options, sampling, keep) in cases {
+            let expected = golden[&format!("processed.{name}")].to_vec2::<f32>().unwrap();
+            for (row, expected) in expected.iter().enumerate() {
+                let mut found = logits[row].clone();
+                penalise(&mut found, &[], &ids[row], options);
+                trim(&mut found, &sampling, keep);
+                for (token, (found, expected)) in found.iter().zip(expected).enumerate() {
+                    let equal = found == expected || (found - expected).abs() < 1e-5;
+                    assert!(equal, "{name}, row {row}, token {token}: {found} for {expected}");
+                }
+            }
+        }
     }
 }

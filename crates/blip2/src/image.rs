@@ -21,12 +21,12 @@ mod jpeg;
 mod png;
 mod resize;
 mod tiff;
+mod webp;
 
-use std::io::Cursor;
+use std::panic::catch_unwind;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
-use image::ImageDecoder;
 
 use crate::{Error, Result};
 
@@ -76,7 +76,7 @@ impl std::fmt::Debug for Rgb {
 /// [`Error::Io`] or [`Error::File`], both naming the file; for the reasons see [`decode`].
 pub fn open(path: &Path, pixels: Pixels) -> Result<Rgb> {
     let bytes = std::fs::read(path).map_err(Error::io(path))?;
-    decode_any(&bytes, pixels).map_err(|reason| Error::file(path, reason))
+    decode_guarded(&bytes, pixels).map_err(|reason| Error::file(path, reason))
 }
 
 /// Decodes a picture from the bytes of its file; the format is told by the bytes alone.
@@ -86,7 +86,7 @@ pub fn open(path: &Path, pixels: Pixels) -> Result<Rgb> {
 /// that is not supported, are damaged or cut short, or hold a picture beyond [`MAX_PIXELS`] or
 /// [`MAX_SIDE`].
 pub fn decode(bytes: &[u8], pixels: Pixels) -> Result<Rgb> {
-    decode_any(bytes, pixels).map_err(Error::Image)
+    decode_guarded(bytes, pixels).map_err(Error::Image)
 }
 
 /// The shape `(3, size, size)` f32 tensor of a picture: resized, scaled and normalised. The
@@ -206,6 +206,12 @@ impl Rgb {
 
 // ---------------------------------------------------------------- from any format
 
+/// A mistake in a decoder, ours or another's, costs one picture and not the whole run.
+fn decode_guarded(bytes: &[u8], pixels: Pixels) -> Fallible<Rgb> {
+    let caught = catch_unwind(|| decode_any(bytes, pixels));
+    caught.unwrap_or_else(|_| Err("the decoder failed on a malformed file".into()))
+}
+
 fn decode_any(bytes: &[u8], pixels: Pixels) -> Fallible<Rgb> {
     let says = |format: &'static str| move |reason: String| format!("{format}: {reason}");
     match bytes {
@@ -259,19 +265,8 @@ fn from_tiff(bytes: &[u8], pixels: Pixels) -> Fallible<Rgb> {
 }
 
 fn from_webp(bytes: &[u8], pixels: Pixels) -> Fallible<Rgb> {
-    let decoder = image::codecs::webp::WebPDecoder::new(Cursor::new(bytes));
-    let mut decoder = decoder.map_err(|e| e.to_string())?;
-    let (width, height) = decoder.dimensions();
-    let sides = checked(width as usize, height as usize)?;
-    let exif = decoder.exif_metadata().ok().flatten();
-    let kind = match decoder.color_type() {
-        image::ColorType::Rgb8 => Kind::Rgb,
-        image::ColorType::Rgba8 => Kind::RgbAlpha,
-        other => return Err(format!("pixels of type {other:?} are not supported")),
-    };
-    let mut data = vec![0; decoder.total_bytes() as usize];
-    decoder.read_image(&mut data).map_err(|e| e.to_string())?;
-    Ok(Raw { sides, kind, data }.into_rgb().upright(oriented(exif.as_deref(), pixels)))
+    let (raw, exif) = webp::decode(bytes, pixels)?;
+    Ok(raw.into_rgb().upright(oriented(exif, pixels)))
 }
 
 /// The orientation to undo.
@@ -283,6 +278,12 @@ fn oriented(exif: Option<&[u8]>, pixels: Pixels) -> u16 {
 }
 
 // ---------------------------------------------------------------- samples
+
+/// Runs `f` compiled for the widest SIMD this machine has (`f` must be `#[inline(always)]`).
+#[inline(always)]
+fn simd<R>(f: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(f)
+}
 
 /// Width and height that passed [`checked`].
 #[derive(Clone, Copy)]

@@ -20,7 +20,8 @@ use blip2_ops::{
     silu_gate,
 };
 use candle_core::quantized::gguf_file::{Content, Value};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Storage, Tensor};
+use rayon::prelude::*;
 use serde::Deserialize;
 
 use crate::nn::{KvCache, mask};
@@ -545,12 +546,12 @@ impl GgufWeights<'_> {
 
 impl Weights for GgufWeights<'_> {
     fn matrix(&mut self, name: &str, rows: usize, columns: usize) -> Result<FrozenWeight> {
-        let stored = self.read(name, &[rows, columns])?;
-        let values = stored.dequantize(&Device::Cpu)?;
+        let stored = FrozenWeight::from_qtensor(Arc::new(self.read(name, &[rows, columns])?))?;
+        let values = stored.dequantize()?;
         check_finite(name, &values)?;
         Ok(match self.format {
             Some(format) => FrozenWeight::new(&values, format)?,
-            None => FrozenWeight::from_qtensor(Arc::new(stored))?,
+            None => stored,
         })
     }
 
@@ -637,8 +638,11 @@ fn check_shape(name: &str, shape: &[usize], expected: &[usize]) -> Result<()> {
 }
 
 fn check_finite(name: &str, values: &Tensor) -> Result<()> {
-    let flat: Vec<f32> = values.flatten_all()?.to_vec1()?;
-    match flat.iter().position(|x| !x.is_finite()) {
+    let values = values.contiguous()?;
+    let (storage, layout) = values.storage_and_layout();
+    let Storage::Cpu(cpu) = &*storage else { return Ok(()) };
+    let flat = &cpu.as_slice::<f32>()?[layout.start_offset()..][..values.elem_count()];
+    match flat.par_iter().position_any(|x| !x.is_finite()) {
         None => Ok(()),
         Some(i) => Err(Error::Weights(format!("tensor {name} is {} at element {i}", flat[i]))),
     }

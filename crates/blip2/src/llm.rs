@@ -174,8 +174,6 @@ impl<'a> LlmDecoder<'a> {
         if let Some(row) = mask.iter().position(|row| !row.contains(&true)) {
             return Err(Error::Config(format!("row {row} of the prompt is empty")));
         }
-        // Decoding needs no gradient: without this the cache would keep the whole graph alive.
-        let prompt = prompt.detach();
         Ok(Self { llm, prompt, mask, cache: llm.new_cache() })
     }
 }
@@ -183,7 +181,9 @@ impl<'a> LlmDecoder<'a> {
 impl StepModel for LlmDecoder<'_> {
     fn start(&mut self) -> Result<Tensor> {
         self.cache = self.llm.new_cache();
-        let hidden = self.llm.hidden(&self.prompt, &self.mask, Some(&mut self.cache))?;
+        // Decoding needs no gradient; with a tracked prompt the cache would keep the graph alive.
+        let prompt = self.prompt.detach();
+        let hidden = self.llm.hidden(&prompt, &self.mask, Some(&mut self.cache))?;
         let (b, t, d) = hidden.dims3()?;
         // The last position that holds something; with left padding that is the last column.
         let last = |row: &Vec<bool>| row.iter().rposition(|visible| *visible).unwrap_or(t - 1);

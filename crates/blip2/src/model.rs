@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use blip2_ops::{Dropout, WeightFormat};
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 
 use crate::assets::{self, Check, Progress};
 use crate::generate::{self, Hypothesis};
@@ -164,7 +165,7 @@ impl Model {
     pub fn vision(&self, format: WeightFormat, progress: Progress<'_>) -> Result<Vision> {
         let part = &self.manifest.vision;
         let origin = match &part.weights {
-            PartFile::Mini => assets::mini_parts(Check::Quick, progress)?.vit,
+            PartFile::Mini => assets::mini_vit(Check::Quick, progress)?,
             PartFile::File(name) => self.files.describe(name),
         };
         let tensors = self.vision_tensors(progress)?;
@@ -228,7 +229,7 @@ impl Model {
     /// If its weights can't be found or are damaged.
     pub fn vision_tensors(&self, progress: Progress<'_>) -> Result<BTreeMap<String, Tensor>> {
         match &self.manifest.vision.weights {
-            PartFile::Mini => params::read_file(&assets::mini_parts(Check::Quick, progress)?.vit),
+            PartFile::Mini => params::read_file(&assets::mini_vit(Check::Quick, progress)?),
             PartFile::File(name) => self.weights(name),
         }
     }
@@ -240,7 +241,7 @@ impl Model {
     pub fn llm_path(&self, progress: Progress<'_>) -> Result<PathBuf> {
         let part = self.manifest.llm.as_ref().ok_or_else(|| self.lacks("language model"))?;
         Ok(match &part.weights {
-            PartFile::Mini => assets::mini_parts(Check::Quick, progress)?.llm_gguf,
+            PartFile::Mini => assets::mini_llm(Check::Quick, progress)?,
             PartFile::File(name) => self.files.describe(name),
         })
     }
@@ -251,6 +252,19 @@ impl Model {
     /// If the file is missing or damaged; the message names it.
     pub fn weights(&self, name: &str) -> Result<BTreeMap<String, Tensor>> {
         params::read_weights(&self.files.read(name)?, &self.files.describe(name))
+    }
+
+    /// sha256, in hex, of the model's own weights and description: what was trained, not what it stands on.
+    ///
+    /// # Errors
+    /// If a file can't be read.
+    pub fn hash(&self) -> Result<String> {
+        let mut sha = Sha256::new();
+        let stages = [self.manifest.stage1.as_ref().map(|s| &s.weights), self.manifest.stage2.as_ref().map(|s| &s.weights)];
+        for name in [Some(&MANIFEST.to_owned())].into_iter().chain(stages).flatten() {
+            sha.update(self.files.read(name)?);
+        }
+        Ok(sha.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
     fn build<T>(

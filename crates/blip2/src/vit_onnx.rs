@@ -182,8 +182,7 @@ mod tests {
     #[test]
     fn a_file_without_the_encoder_is_refused_by_name() {
         // A model with an empty graph.
-        let message =
-            vit_s_weights(vec![0x3a, 0x00], Path::new("x.onnx")).unwrap_err().to_string();
+        let message = vit_s_weights(vec![0x3a, 0x00], Path::new("x.onnx")).unwrap_err().to_string();
         assert!(message.contains("x.onnx"), "{message}");
         assert!(message.contains("patch_embeddings"), "{message}");
     }

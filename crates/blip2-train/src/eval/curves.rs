@@ -108,10 +108,8 @@ fn running_mean(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     (0..points.len())
         .step_by(stride)
         .map(|i| {
-            // A window cut at an end is cut on both sides, else the ends would lean.
-            let reach = reach.min(i).min(points.len() - 1 - i);
-            let mean = (sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1) as f64;
-            (points[i].0, mean)
+            let (from, to) = (i.saturating_sub(reach), (i + reach + 1).min(points.len()));
+            (points[i].0, (sums[to] - sums[from]) / (to - from) as f64)
         })
         .collect()
 }
@@ -209,7 +207,7 @@ fn axes(picture: &mut RgbImage, panel: &Panel, title: &str) {
         &FONT_9X15,
     );
     text(picture, "loss", (panel.left() - 10.0, top - 22.0), Alignment::Right, &FONT_9X15);
-    text(picture, title, (panel.left() + 8.0, top - 24.0), Alignment::Left, &FONT_9X18_BOLD);
+    text(picture, title, (panel.left() + 24.0, top - 23.0), Alignment::Left, &FONT_9X18_BOLD);
 }
 
 fn legend(picture: &mut RgbImage, panel: &Panel, series: &[Series]) {

@@ -495,8 +495,12 @@ fn html_picture(row: &PictureRow) -> String {
 
 /// One line of a picture's table; `text` is HTML already.
 fn line(out: &mut String, name: &str, text: &str, score: &str) {
-    writeln!(out, "<tr><th>{name}</th><td>{text}</td><td class=\"number soft\">{score}</td></tr>")
-        .ok();
+    let cells = if score.is_empty() {
+        format!("<td colspan=\"2\">{text}</td>")
+    } else {
+        format!("<td>{text}</td><td class=\"number soft\">{score}</td>")
+    };
+    writeln!(out, "<tr><th>{name}</th>{cells}</tr>").ok();
 }
 
 /// A text with a mark in front, and in colour, where it is known to be right or wrong.

@@ -15,9 +15,7 @@
 //! bytes ─markers, Huffman─▶ coefficients (i16, 64 a block) ─dequantise, IDCT─▶ one plane a component ─upsample, colour─▶ rows
 //! ```
 
-use pulp::Arch;
-
-use super::Fallible;
+use super::{Fallible, simd};
 
 /// Samples of one picture, row-major and interleaved.
 pub(super) struct Samples {
@@ -488,7 +486,6 @@ impl Picture {
         restart: usize,
     ) -> Fallible<()> {
         let (across, down, blocks) = self.layout(parts);
-        let arch = Arch::new();
         // Coefficients of one row of MCUs for each part.
         let mut rows: Vec<Vec<i16>> = Vec::with_capacity(parts.len());
         let mut tables = Vec::with_capacity(parts.len());
@@ -529,7 +526,10 @@ impl Picture {
                 let quant = self.quant[part.index].as_ref().ok_or("no quantisation table")?;
                 let size = rows[p].len();
                 let plane = &mut self.planes[part.index][my * size..(my + 1) * size];
-                arch.dispatch(|| inverse_rows(&rows[p], quant, stride, plane));
+                simd(
+                    #[inline(always)]
+                    || inverse_rows(&rows[p], quant, stride, plane),
+                );
             }
         }
         Ok(())
@@ -576,34 +576,39 @@ impl Picture {
         if let Some(missing) = self.seen.iter().position(|&s| !s) {
             return Err(format!("no data for component {missing}"));
         }
-        let arch = Arch::new();
         for (i, coefficients) in std::mem::take(&mut self.coefficients).into_iter().enumerate() {
             let quant = self.quant[i].as_ref().ok_or("no quantisation table")?;
             let stride = self.frame.components[i].across;
             let plane = &mut self.planes[i];
-            arch.dispatch(|| inverse_rows(&coefficients, quant, stride, plane));
+            simd(
+                #[inline(always)]
+                || inverse_rows(&coefficients, quant, stride, plane),
+            );
         }
         let (width, height) = (self.frame.width, self.frame.height);
         let channels = self.planes.len();
         let mut data = vec![0u8; width * height * channels];
-        arch.dispatch(
+        simd(
             #[inline(always)]
             || {
                 let mut up = Upsampler::new(&self.frame);
+                let mut packed = vec![0u32; width];
                 for (y, out) in data.chunks_exact_mut(width * channels).enumerate() {
                     up.row(&self.frame, &self.planes, y);
+                    let line = |i| up.line(&self.frame, &self.planes, i, y);
+                    if channels == 1 {
+                        out.copy_from_slice(line(0));
+                        continue;
+                    }
+                    let three = [line(0), line(1), line(2)];
                     match (channels, colour) {
-                        (1, _) => out.copy_from_slice(&up.rows[0][..width]),
-                        (3, Colour::Plain) => interleave::<3>(&up.rows, out),
-                        (3, Colour::Ycc) => {
-                            ycc_to_rgb(&mut up.rows, width, 0);
-                            interleave::<3>(&up.rows, out);
-                        }
-                        (_, Colour::Plain) => interleave::<4>(&up.rows, out),
-                        (_, Colour::Ycc) => {
-                            ycc_to_rgb(&mut up.rows, width, 255);
-                            interleave::<4>(&up.rows, out);
-                        }
+                        (_, Colour::Plain) => pack(three, &mut packed),
+                        (3, Colour::Ycc) => pack_ycc(three, &mut packed, 0),
+                        (_, Colour::Ycc) => pack_ycc(three, &mut packed, 0xFF_FFFF),
+                    }
+                    match channels {
+                        3 => spread_three(&packed, out),
+                        _ => spread_four(&packed, line(3), out),
                     }
                 }
             },
@@ -953,55 +958,6 @@ fn correct(bits: &mut Bits<'_>, coefficient: &mut i16, one: i16) {
 
 // ---------------------------------------------------------------- inverse DCT
 
-/// Eight numbers worked on at once: the same row of eight columns.
-#[derive(Clone, Copy)]
-struct Lanes([i32; 8]);
-
-impl Lanes {
-    #[inline(always)]
-    fn map2(self, other: Self, f: impl Fn(i32, i32) -> i32) -> Self {
-        let mut out = self;
-        for i in 0..8 {
-            out.0[i] = f(self.0[i], other.0[i]);
-        }
-        out
-    }
-
-    #[inline(always)]
-    fn times(self, factor: i32) -> Self {
-        let mut out = self;
-        for i in 0..8 {
-            out.0[i] = self.0[i].wrapping_mul(factor);
-        }
-        out
-    }
-
-    #[inline(always)]
-    fn shifted<const SHIFT: u32>(self) -> Self {
-        let mut out = self;
-        for i in 0..8 {
-            out.0[i] = self.0[i].wrapping_add(1 << (SHIFT - 1)) >> SHIFT;
-        }
-        out
-    }
-}
-
-impl std::ops::Add for Lanes {
-    type Output = Self;
-    #[inline(always)]
-    fn add(self, other: Self) -> Self {
-        self.map2(other, i32::wrapping_add)
-    }
-}
-
-impl std::ops::Sub for Lanes {
-    type Output = Self;
-    #[inline(always)]
-    fn sub(self, other: Self) -> Self {
-        self.map2(other, i32::wrapping_sub)
-    }
-}
-
 /// Factors of the 8-point inverse DCT in 13-bit fixed point, named by their value.
 const F0_298631336: i32 = 2446;
 const F0_390180644: i32 = 3196;
@@ -1016,43 +972,92 @@ const F2_053119869: i32 = 16819;
 const F2_562915447: i32 = 20995;
 const F3_072711026: i32 = 25172;
 
-/// One-dimensional inverse DCT over the rows of `x`, eight columns at once; the result is rounded
-/// and shifted right by `SHIFT`. The rounding happens nowhere else, so this fixes every bit.
+/// One-dimensional inverse DCT, rounded and shifted right by `SHIFT`. The rounding happens nowhere
+/// else, so this fixes every bit.
 #[inline(always)]
-fn inverse_1d<const SHIFT: u32>(x: [Lanes; 8]) -> [Lanes; 8] {
-    let z = (x[2] + x[6]).times(F0_541196100);
-    let (e2, e3) = (z - x[6].times(F1_847759065), z + x[2].times(F0_765366865));
-    let (e0, e1) = ((x[0] + x[4]).times(1 << 13), (x[0] - x[4]).times(1 << 13));
-    let even = [e0 + e3, e1 + e2, e1 - e2, e0 - e3];
+fn inverse_1d<const SHIFT: u32>(x: [i32; 8]) -> [i32; 8] {
+    let times = i32::wrapping_mul;
+    let add = i32::wrapping_add;
+    let sub = i32::wrapping_sub;
+    let z = times(add(x[2], x[6]), F0_541196100);
+    let (e2, e3) = (sub(z, times(x[6], F1_847759065)), add(z, times(x[2], F0_765366865)));
+    let (e0, e1) = (times(add(x[0], x[4]), 1 << 13), times(sub(x[0], x[4]), 1 << 13));
 
-    let z5 = (x[7] + x[3] + x[5] + x[1]).times(F1_175875602);
-    let z1 = (x[7] + x[1]).times(F0_899976223);
-    let z2 = (x[5] + x[3]).times(F2_562915447);
-    let z3 = z5 - (x[7] + x[3]).times(F1_961570560);
-    let z4 = z5 - (x[5] + x[1]).times(F0_390180644);
-    let odd = [
-        x[1].times(F1_501321110) - z1 + z4,
-        x[3].times(F3_072711026) - z2 + z3,
-        x[5].times(F2_053119869) - z2 + z4,
-        x[7].times(F0_298631336) - z1 + z3,
-    ];
-    let mut out = x;
-    for i in 0..4 {
-        out[i] = (even[i] + odd[i]).shifted::<SHIFT>();
-        out[7 - i] = (even[i] - odd[i]).shifted::<SHIFT>();
-    }
-    out
+    let (z3, z4) = (add(x[7], x[3]), add(x[5], x[1]));
+    let z5 = times(add(z3, z4), F1_175875602);
+    let z1 = times(add(x[7], x[1]), F0_899976223);
+    let z2 = times(add(x[5], x[3]), F2_562915447);
+    let z3 = sub(z5, times(z3, F1_961570560));
+    let z4 = sub(z5, times(z4, F0_390180644));
+    let o0 = add(sub(times(x[1], F1_501321110), z1), z4);
+    let o1 = add(sub(times(x[3], F3_072711026), z2), z3);
+    let o2 = add(sub(times(x[5], F2_053119869), z2), z4);
+    let o3 = add(sub(times(x[7], F0_298631336), z1), z3);
+
+    let half = 1 << (SHIFT - 1);
+    let (e0, e1, e2, e3) = (
+        add(add(e0, e3), half),
+        add(add(e1, e2), half),
+        add(sub(e1, e2), half),
+        add(sub(e0, e3), half),
+    );
+    [
+        add(e0, o0) >> SHIFT,
+        add(e1, o1) >> SHIFT,
+        add(e2, o2) >> SHIFT,
+        add(e3, o3) >> SHIFT,
+        sub(e3, o3) >> SHIFT,
+        sub(e2, o2) >> SHIFT,
+        sub(e1, o1) >> SHIFT,
+        sub(e0, o0) >> SHIFT,
+    ]
 }
 
+/// Inverse DCT of one block: first the columns, keeping two extra bits, then the rows, which also
+/// drop the eights of both. Each loop is one body over eight independent lines, which is the form
+/// that the compiler turns into vectors.
 #[inline(always)]
-fn transposed(x: [Lanes; 8]) -> [Lanes; 8] {
-    let mut out = x;
-    for (i, row) in x.iter().enumerate() {
-        for (j, &v) in row.0.iter().enumerate() {
-            out[j].0[i] = v;
+fn inverse_block(block: &[i16; 64], quant: &[i32; 64], out: &mut [u8; 64]) {
+    let mut columns = [0i32; 64];
+    for i in 0..8 {
+        let at = |k: usize| i32::from(block[8 * k + i]).wrapping_mul(quant[8 * k + i]);
+        let x = [at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)];
+        let [a, b, c, d, e, f, g, h] = inverse_1d::<11>(x);
+        columns[i] = a;
+        columns[8 + i] = b;
+        columns[16 + i] = c;
+        columns[24 + i] = d;
+        columns[32 + i] = e;
+        columns[40 + i] = f;
+        columns[48 + i] = g;
+        columns[56 + i] = h;
+    }
+    let mut turned = [0i32; 64];
+    for y in 0..8 {
+        for x in 0..8 {
+            turned[8 * x + y] = columns[8 * y + x];
         }
     }
-    out
+    let mut pixels = [0u8; 64];
+    for i in 0..8 {
+        let at = |k: usize| turned[8 * k + i];
+        let x = [at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)];
+        let pixel = |v: i32| v.wrapping_add(128).clamp(0, 255) as u8;
+        let [a, b, c, d, e, f, g, h] = inverse_1d::<18>(x);
+        pixels[i] = pixel(a);
+        pixels[8 + i] = pixel(b);
+        pixels[16 + i] = pixel(c);
+        pixels[24 + i] = pixel(d);
+        pixels[32 + i] = pixel(e);
+        pixels[40 + i] = pixel(f);
+        pixels[48 + i] = pixel(g);
+        pixels[56 + i] = pixel(h);
+    }
+    for y in 0..8 {
+        for x in 0..8 {
+            out[8 * y + x] = pixels[8 * x + y];
+        }
+    }
 }
 
 /// Dequantises and transforms whole rows of blocks, `stride` blocks each, into a plane of
@@ -1060,32 +1065,23 @@ fn transposed(x: [Lanes; 8]) -> [Lanes; 8] {
 #[inline(always)]
 fn inverse_rows(coefficients: &[i16], quant: &[u16; 64], stride: usize, plane: &mut [u8]) {
     let line = stride * 8;
+    let quant = quant.map(i32::from);
     for (row, out) in coefficients.chunks_exact(stride * 64).zip(plane.chunks_exact_mut(line * 8)) {
         for (bx, block) in row.chunks_exact(64).enumerate() {
             let Some(block) = block.first_chunk::<64>() else { continue };
             if block[1..].iter().fold(0, |all, &c| all | c) == 0 {
                 // Only the mean: both passes reduce to this.
-                let level = (i32::from(block[0]).wrapping_mul(i32::from(quant[0])) + 4) >> 3;
+                let level = (i32::from(block[0]).wrapping_mul(quant[0]) + 4) >> 3;
                 let level = (level + 128).clamp(0, 255) as u8;
                 for y in 0..8 {
                     out[y * line + bx * 8..][..8].fill(level);
                 }
                 continue;
             }
-            let mut x = [Lanes([0; 8]); 8];
-            for y in 0..8 {
-                for i in 0..8 {
-                    let at = y * 8 + i;
-                    x[y].0[i] = i32::from(block[at]).wrapping_mul(i32::from(quant[at]));
-                }
-            }
-            // Two extra bits are kept between the passes; the eights of both passes go at the end.
-            let x = transposed(inverse_1d::<11>(x));
-            let x = transposed(inverse_1d::<18>(x));
-            for y in 0..8 {
-                for (to, &v) in out[y * line + bx * 8..][..8].iter_mut().zip(&x[y].0) {
-                    *to = v.wrapping_add(128).clamp(0, 255) as u8;
-                }
+            let mut pixels = [0u8; 64];
+            inverse_block(block, &quant, &mut pixels);
+            for (y, row) in pixels.as_chunks::<8>().0.iter().enumerate() {
+                out[y * line + bx * 8..][..8].copy_from_slice(row);
             }
         }
     }
@@ -1136,7 +1132,16 @@ impl Upsampler {
         }
     }
 
-    /// Fills `rows` with row `y` of the picture.
+    /// Row `y` of component `i`, as wide as the picture; [`Upsampler::row`] made it.
+    #[inline(always)]
+    fn line<'a>(&'a self, frame: &Frame, planes: &'a [Vec<u8>], i: usize, y: usize) -> &'a [u8] {
+        match self.ways[i] {
+            Upsample::Full => &planes[i][y * frame.components[i].across * 8..][..frame.width],
+            _ => &self.rows[i][..frame.width],
+        }
+    }
+
+    /// Fills `rows` with row `y` of the picture, where it is not as stored.
     #[inline(always)]
     fn row(&mut self, frame: &Frame, planes: &[Vec<u8>], y: usize) {
         for (i, c) in frame.components.iter().enumerate() {
@@ -1148,7 +1153,7 @@ impl Upsampler {
             let far = far.min(c.height - 1);
             let out = &mut self.rows[i];
             match self.ways[i] {
-                Upsample::Full => out.copy_from_slice(line(y)),
+                Upsample::Full => {}
                 Upsample::Across => double_across(line(y), out),
                 Upsample::Down => {
                     let bias = if y.is_multiple_of(2) { 1 } else { 2 };
@@ -1201,31 +1206,54 @@ fn double_sums(from: &[u16], to: &mut [u8]) {
     to[2 * n - 1] = ((from[n - 1] * 4 + 7) >> 4) as u8;
 }
 
-/// Luma and chroma to red, green and blue in place, in 16-bit fixed point. `flip` is 255 when
-/// the result shall be cyan, magenta and yellow instead.
+/// Three samples a pixel into one number, the first lowest.
 #[inline(always)]
-fn ycc_to_rgb(rows: &mut [Vec<u8>], width: usize, flip: u8) {
-    let [y, cb, cr, ..] = rows else { return };
-    let (y, cb, cr) = (&mut y[..width], &mut cb[..width], &mut cr[..width]);
-    for i in 0..width {
-        let luma = i32::from(y[i]);
-        let (b, r) = (i32::from(cb[i]) - 128, i32::from(cr[i]) - 128);
-        let red = luma.wrapping_add(91881i32.wrapping_mul(r).wrapping_add(32768) >> 16);
-        let green =
-            32768i32.wrapping_sub(22554i32.wrapping_mul(b)).wrapping_sub(46802i32.wrapping_mul(r));
-        let green = luma.wrapping_add(green >> 16);
-        let blue = luma.wrapping_add(116130i32.wrapping_mul(b).wrapping_add(32768) >> 16);
-        y[i] = red.clamp(0, 255) as u8 ^ flip;
-        cb[i] = green.clamp(0, 255) as u8 ^ flip;
-        cr[i] = blue.clamp(0, 255) as u8 ^ flip;
+fn pack([a, b, c]: [&[u8]; 3], packed: &mut [u32]) {
+    for (((p, &a), &b), &c) in packed.iter_mut().zip(a).zip(b).zip(c) {
+        *p = u32::from(a) | u32::from(b) << 8 | u32::from(c) << 16;
     }
 }
 
+/// Luma and chroma to packed red, green and blue, in 16-bit fixed point. All bits of `flip` are
+/// set when the result shall be cyan, magenta and yellow instead.
 #[inline(always)]
-fn interleave<const N: usize>(rows: &[Vec<u8>], out: &mut [u8]) {
-    for (x, pixel) in out.as_chunks_mut::<N>().0.iter_mut().enumerate() {
-        for c in 0..N {
-            pixel[c] = rows[c][x];
+fn pack_ycc([y, cb, cr]: [&[u8]; 3], packed: &mut [u32], flip: u32) {
+    for (((p, &y), &cb), &cr) in packed.iter_mut().zip(y).zip(cb).zip(cr) {
+        let luma = i32::from(y);
+        let (blue, red) = (i32::from(cb) - 128, i32::from(cr) - 128);
+        let green = 32768i32
+            .wrapping_sub(22554i32.wrapping_mul(blue))
+            .wrapping_sub(46802i32.wrapping_mul(red));
+        let red = 91881i32.wrapping_mul(red).wrapping_add(32768);
+        let blue = 116_130i32.wrapping_mul(blue).wrapping_add(32768);
+        let red = luma.wrapping_add(red >> 16).clamp(0, 255) as u32;
+        let green = luma.wrapping_add(green >> 16).clamp(0, 255) as u32;
+        let blue = luma.wrapping_add(blue >> 16).clamp(0, 255) as u32;
+        *p = (red | green << 8 | blue << 16) ^ flip;
+    }
+}
+
+/// Packed pixels as three bytes each: four of them make three words.
+#[inline(always)]
+fn spread_three(packed: &[u32], out: &mut [u8]) {
+    let (fours, rest) = packed.as_chunks::<4>();
+    let (twelves, tail) = out.as_chunks_mut::<12>();
+    for (&[p, q, r, s], out) in fours.iter().zip(twelves) {
+        let words = [p | q << 24, q >> 8 | r << 16, r >> 16 | s << 8];
+        for (word, out) in words.iter().zip(out.as_chunks_mut::<4>().0) {
+            *out = word.to_le_bytes();
         }
+    }
+    for (pixel, out) in rest.iter().zip(tail.as_chunks_mut::<3>().0) {
+        let [a, b, c, _] = pixel.to_le_bytes();
+        *out = [a, b, c];
+    }
+}
+
+/// Packed pixels with a fourth sample.
+#[inline(always)]
+fn spread_four(packed: &[u32], fourth: &[u8], out: &mut [u8]) {
+    for ((p, &k), out) in packed.iter().zip(fourth).zip(out.as_chunks_mut::<4>().0) {
+        *out = (p | u32::from(k) << 24).to_le_bytes();
     }
 }

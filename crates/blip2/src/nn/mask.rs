@@ -64,7 +64,9 @@ pub fn multimodal_causal(mask: &Tensor, before: usize) -> Result<Tensor> {
 pub fn causal(visible: &[Vec<bool>], t: usize) -> Result<Option<Tensor>> {
     let s = visible.first().map_or(0, Vec::len);
     if s < t || visible.iter().any(|row| row.len() != s) {
-        return Err(Error::Config(format!("a mask of {s} columns, not all equal, for {t} positions")));
+        return Err(Error::Config(format!(
+            "a mask of {s} columns, not all equal, for {t} positions"
+        )));
     }
     let padded = visible.iter().flatten().any(|seen| !seen);
     if t <= 1 && !padded {

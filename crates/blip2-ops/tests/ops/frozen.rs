@@ -1,0 +1,120 @@
+//! Frozen weights: every format, both kinds of product, no gradient.
+
+use std::sync::Arc;
+
+use blip2_ops::{FrozenWeight, WeightFormat, frozen_linear, linear};
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{Device, Tensor};
+
+use crate::common::{close, list, numbers, strided, var};
+
+const DTYPES: [GgmlDType; 13] = [
+    GgmlDType::F32,
+    GgmlDType::F16,
+    GgmlDType::BF16,
+    GgmlDType::Q4_0,
+    GgmlDType::Q4_1,
+    GgmlDType::Q5_0,
+    GgmlDType::Q5_1,
+    GgmlDType::Q8_0,
+    GgmlDType::Q2K,
+    GgmlDType::Q3K,
+    GgmlDType::Q4K,
+    GgmlDType::Q5K,
+    GgmlDType::Q6K,
+];
+
+#[test]
+fn products_equal_those_with_the_dequantised_weight() {
+    let dense = numbers(1, &[301, 512]);
+    for dtype in DTYPES {
+        let q = Arc::new(QTensor::quantize(&dense, dtype).unwrap());
+        let weight = FrozenWeight::from_qtensor(Arc::clone(&q)).unwrap();
+        // Bit for bit what candle unpacks.
+        let full = weight.dequantize().unwrap();
+        assert_eq!(list(&full), list(&q.dequantize(&Device::Cpu).unwrap()), "{dtype:?}");
+        let bias = numbers(2, &[301]);
+        for rows in [1, 5, 8, 9, 40] {
+            let x = numbers(3, &[rows, 512]);
+            for x in [x.clone(), strided(&x)] {
+                let name = format!("{dtype:?}, {rows} rows");
+                let xv = var(&x);
+                let y = frozen_linear(&xv, &weight, Some(&bias)).unwrap();
+                close(&name, &y, &linear(&x, &full, Some(&bias)).unwrap(), 2e-5);
+                let dy = numbers(4, y.dims());
+                let grads = (&y * &dy).unwrap().sum_all().unwrap().backward().unwrap();
+                let expected = dy.matmul(&full).unwrap();
+                close(&name, grads.get(&xv).unwrap(), &expected, 2e-5);
+            }
+        }
+    }
+}
+
+#[test]
+fn rows_are_those_of_the_whole() {
+    for format in WeightFormat::ALL {
+        let weight = FrozenWeight::new(&strided(&numbers(1, &[9, 256])), format).unwrap();
+        let full = weight.dequantize().unwrap();
+        let ids = [8u32, 0, 8, 3];
+        let expected = full.index_select(&Tensor::new(&ids, &Device::Cpu).unwrap(), 0).unwrap();
+        assert_eq!(list(&weight.rows(&ids).unwrap()), list(&expected));
+        assert_eq!(weight.rows(&[]).unwrap().dims(), [0, 256]);
+        let error = weight.rows(&[9]).unwrap_err().to_string();
+        assert!(error.contains("row 9") && error.contains("9 rows"), "{error}");
+    }
+}
+
+#[test]
+fn formats_names_and_sizes() {
+    let dense = numbers(1, &[4, 256]);
+    let sizes = [("f32", 4096), ("f16", 2048), ("q8_0", 4 * 8 * 34), ("q4_k", 4 * 144)];
+    for (format, (name, bytes)) in WeightFormat::ALL.into_iter().zip(sizes) {
+        assert_eq!(name.parse::<WeightFormat>().unwrap(), format);
+        let weight = FrozenWeight::new(&dense, format).unwrap();
+        assert_eq!((weight.format_name(), weight.bytes()), (name, bytes));
+        assert_eq!(weight.shape(), (4, 256));
+    }
+    // Rows that blocks do not divide fall back to a finer format.
+    let name =
+        |width, format| FrozenWeight::new(&numbers(1, &[3, width]), format).unwrap().format_name();
+    assert_eq!(name(576, WeightFormat::Q4K), "q8_0");
+    assert_eq!(name(30, WeightFormat::Q4K), "f16");
+    assert_eq!(name(30, WeightFormat::Q8_0), "f16");
+    assert!("q5".parse::<WeightFormat>().unwrap_err().to_string().contains("q5"));
+}
+
+#[test]
+fn nothing_is_recorded_for_a_frozen_weight() {
+    let bias = var(&numbers(3, &[6]));
+    let dense = var(&numbers(1, &[6, 32]));
+    let weight = FrozenWeight::new(&dense, WeightFormat::F32).unwrap();
+    let x = numbers(2, &[4, 32]);
+    // An untracked input: the result is a constant.
+    assert!(!frozen_linear(&x, &weight, None).unwrap().track_op());
+    // A tracked one: its gradient only.
+    let x = var(&x);
+    let y = frozen_linear(&x, &weight, Some(&bias)).unwrap();
+    let grads = y.sum_all().unwrap().backward().unwrap();
+    assert!(grads.get(&x).is_some());
+    assert!(grads.get(&dense).is_none() && grads.get(&bias).is_none());
+}
+
+#[test]
+fn empty_weights_and_inputs() {
+    for format in WeightFormat::ALL {
+        let weight = FrozenWeight::new(&numbers(1, &[6, 32]), format).unwrap();
+        let x = var(&numbers(2, &[0, 3, 32]));
+        let y = frozen_linear(&x, &weight, None).unwrap();
+        assert_eq!(y.dims(), [0, 3, 6]);
+        let grads = y.sum_all().unwrap().backward().unwrap();
+        assert_eq!(grads.get(&x).unwrap().dims(), [0, 3, 32]);
+        let none = FrozenWeight::new(&numbers(1, &[0, 32]), format).unwrap();
+        let y = frozen_linear(&numbers(2, &[9, 32]), &none, None).unwrap();
+        assert_eq!(y.dims(), [9, 0]);
+    }
+    let weight = FrozenWeight::new(&numbers(1, &[6, 32]), WeightFormat::Q8_0).unwrap();
+    let error = frozen_linear(&numbers(2, &[9, 31]), &weight, None).unwrap_err().to_string();
+    for part in ["frozen_linear", "[9, 31]", "[6, 32]"] {
+        assert!(error.contains(part), "{error}");
+    }
+}
