@@ -161,9 +161,10 @@ pub fn build(config: &MiniConfig, say: &dyn Fn(&str)) -> Result<MiniReport> {
     }
     let known: BTreeSet<&str> =
         of_split(&ready, &splits, Split::Train).map(|r| r.noun.as_str()).collect();
+    let mut homes: BTreeMap<String, Split> = BTreeMap::new();
     for split in Split::ALL {
         say(&format!("{}: composing", split.name()));
-        write_split(config, split, &ready, &splits, &known, &mut report)?;
+        write_split(config, split, &ready, &splits, &known, &mut homes, &mut report)?;
     }
     let json =
         serde_json::to_vec_pretty(&report).map_err(|e| Error::Data(format!("report: {e}")))?;
@@ -301,8 +302,12 @@ fn drop_duplicates(ready: Vec<Ready>, left_out: &mut LeftOut) -> (Vec<Ready>, Ve
 // ---------------------------------------------------------------------------------------------
 // Samples
 
-/// Colours and shapes of a split: combinations, so that each colour and each shape is in train.
-fn shapes_of(split: Split) -> Vec<(&'static str, Shape)> {
+/// Concept → its split, of single pictures.
+type Homes<'a> = BTreeMap<&'a str, Split>;
+
+/// Colours and shapes of a split: combinations, so that each colour and each shape is in train. A
+/// combination that is also a picture ("a red heart") goes where the picture went.
+fn shapes_of(split: Split, homes: &Homes<'_>) -> Vec<(&'static str, Shape)> {
     let mut out = Vec::new();
     for (c, (colour, _)) in paint::COLOURS.iter().enumerate() {
         for (s, shape) in Shape::ALL.into_iter().enumerate() {
@@ -311,6 +316,8 @@ fn shapes_of(split: Split) -> Vec<(&'static str, Shape)> {
                 4 => Split::Val,
                 _ => Split::Train,
             };
+            let name = format!("{colour} {}", shape.name());
+            let home = homes.get(name.as_str()).copied().unwrap_or(home);
             // White on white is no scene.
             if home == split && *colour != "white" {
                 out.push((*colour, shape));
@@ -321,6 +328,8 @@ fn shapes_of(split: Split) -> Vec<(&'static str, Shape)> {
 }
 
 fn pool_of(ready: &[Ready], splits: &[Split], split: Split) -> Pool {
+    let homes: Homes<'_> =
+        ready.iter().zip(splits).map(|(r, s)| (r.concept.as_str(), *s)).collect();
     let sprites = of_split(ready, splits, split)
         .filter(|r| text::is_plain_thing(&r.phrase) && !r.framed)
         .filter(|r| !r.noun.ends_with("face") && r.cutout.width().max(r.cutout.height()) >= 48)
@@ -328,9 +337,14 @@ fn pool_of(ready: &[Ready], splits: &[Split], split: Split) -> Pool {
         .map(|r| {
             let says_colour =
                 r.concept.split(' ').any(|w| paint::COLOURS.iter().any(|(n, _)| *n == w));
+            // A green balloon of train must not be called one if that is a concept of test.
+            let elsewhere = |colour: &str| {
+                let name = format!("{colour} {}", r.concept);
+                homes.get(name.as_str()).is_some_and(|home| *home != split)
+            };
             Sprite {
                 name: r.concept.clone(),
-                colour: r.colour.filter(|_| !says_colour),
+                colour: r.colour.filter(|c| !says_colour && !elsewhere(c)),
                 cutout: r.cutout.clone(),
                 licence: r.package.licence,
             }
@@ -343,7 +357,7 @@ fn pool_of(ready: &[Ready], splits: &[Split], split: Split) -> Pool {
             Some((paint::texture(&r.cutout, &mut rng)?, r.package.licence))
         })
         .collect();
-    Pool::new(sprites, shapes_of(split), textures)
+    Pool::new(sprites, shapes_of(split, &homes), textures)
 }
 
 /// One sample to make.
@@ -386,6 +400,7 @@ fn write_split(
     ready: &[Ready],
     splits: &[Split],
     known: &BTreeSet<&str>,
+    homes: &mut BTreeMap<String, Split>,
     report: &mut MiniReport,
 ) -> Result<()> {
     let pool = pool_of(ready, splits, split);
@@ -403,6 +418,13 @@ fn write_split(
         for sample in samples {
             let sample = sample?;
             writer.write(&sample)?;
+            for concept in sample.meta.concept.split(" + ") {
+                let home = *homes.entry(concept.to_owned()).or_insert(split);
+                if home != split {
+                    let (home, split) = (home.name(), split.name());
+                    return Err(Error::Data(format!("{concept:?} is in {home} and in {split}")));
+                }
+            }
             *counts.entry(sample.meta.source.clone()).or_default() += 1;
             captions.insert(sample.meta.caption);
         }
@@ -522,7 +544,9 @@ fn single_meta(r: &Ready, background: Option<Background>) -> Meta {
     }
     let says_colour = r.concept.split(' ').any(|w| paint::COLOURS.iter().any(|(n, _)| *n == w));
     if let Some(colour) = r.colour.filter(|_| !says_colour && r.noun != "face") {
-        let question = format!("what color is the {}?", r.noun);
+        let thing = if text::is_plain_thing(&r.phrase) { &r.concept } else { &r.noun };
+        let verb = if text::is_plural(&r.noun) { "are" } else { "is" };
+        let question = format!("what color {verb} the {thing}?");
         qa.push(QuestionAnswer { question, answer: colour.into() });
     }
     let words = |side: &str| r.phrase.split(' ').any(|w| w == side);

@@ -260,7 +260,8 @@ const IRREGULAR: &[(&str, &str)] = &[
     ("buffalo", "buffaloes"),
 ];
 
-fn is_plural(word: &str) -> bool {
+/// Does the noun look like a plural?
+pub fn is_plural(word: &str) -> bool {
     if SINGULAR_S.contains(&word) || word.ends_with("ss") || word.ends_with("us") {
         return false;
     }
@@ -320,7 +321,7 @@ fn head_of(phrase: &str, through: bool) -> (usize, String) {
         // "man running": the head ends before the participle; "running shoe" begins with it.
         STOPS.contains(&w)
             || (w.ends_with("ing")
-                && w.len() > 5
+                && w.len() > 4
                 && i > start
                 && PERSONS.contains(&words[i - 1])
                 && w != "building")
@@ -535,6 +536,7 @@ mod tests {
             ("a cup of tea", "cup"),
             ("a man running", "man"),
             ("a running shoe", "shoe"),
+            ("a person doing yoga", "person"),
             ("a slice of pizza on a plate", "pizza"),
             ("hair", "hair"),
             ("a red and white anemone flower", "flower"),
