@@ -21,7 +21,13 @@ pub(crate) struct Cli {
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Global {
     /// `mini` (fetched once), or a folder with a model.json
-    #[arg(long, global = true, env = "BLIP2_MODEL", default_value = "mini", value_name = "DIR|mini")]
+    #[arg(
+        long,
+        global = true,
+        env = "BLIP2_MODEL",
+        default_value = "mini",
+        value_name = "DIR|mini"
+    )]
     pub(crate) model: String,
     /// How frozen and served weights are kept in memory: f32, f16, q8_0, q4_k
     #[arg(long, global = true, env = "BLIP2_WEIGHTS", value_name = "FORMAT")]
@@ -107,7 +113,13 @@ pub(crate) struct GenerateArgs {
     #[arg(long, env = "BLIP2_MIN_NEW_TOKENS", value_name = "N", default_value_t = 1)]
     pub(crate) min_new_tokens: u16,
     /// Beam scores are divided by length^X: above 0 favours long, below 0 short
-    #[arg(long, env = "BLIP2_LENGTH_PENALTY", value_name = "X", default_value_t = 1.0, allow_negative_numbers = true)]
+    #[arg(
+        long,
+        env = "BLIP2_LENGTH_PENALTY",
+        value_name = "X",
+        default_value_t = 1.0,
+        allow_negative_numbers = true
+    )]
     pub(crate) length_penalty: f32,
     /// Above 1 discourages tokens already said
     #[arg(long, env = "BLIP2_REPETITION_PENALTY", value_name = "X", default_value_t = 1.0)]

@@ -22,6 +22,11 @@ use clap::Parser as _;
 
 use crate::cli::{Cli, Verb};
 
+/// Tensors come and go by the megabyte; the system's allocator gives such memory back and asks for it again each time,
+/// which costs a training step about half as much again.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Whether everything went well; errors of single pictures are reported where they happen and end in `SomeFailed`.
 pub(crate) enum Outcome {
     AllFine,

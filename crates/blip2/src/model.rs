@@ -285,7 +285,10 @@ impl Model {
     /// If a file can't be read.
     pub fn hash(&self) -> Result<String> {
         let mut sha = Sha256::new();
-        let stages = [self.manifest.stage1.as_ref().map(|s| &s.weights), self.manifest.stage2.as_ref().map(|s| &s.weights)];
+        let stages = [
+            self.manifest.stage1.as_ref().map(|s| &s.weights),
+            self.manifest.stage2.as_ref().map(|s| &s.weights),
+        ];
         for name in [Some(&MANIFEST.to_owned())].into_iter().chain(stages).flatten() {
             sha.update(self.files.read(name)?);
         }

@@ -67,7 +67,8 @@ pub fn pack(model: &Model, packing: Packing, to: &Path) -> Result<u64> {
         copy(model.files(), &name, to)?;
     }
     let path = to.join(MANIFEST);
-    let json = serde_json::to_vec_pretty(&manifest).map_err(|err| Error::file(&path, err.to_string()))?;
+    let json =
+        serde_json::to_vec_pretty(&manifest).map_err(|err| Error::file(&path, err.to_string()))?;
     atomically(&path, |file| file.write_all(&json))?;
     Ok(bytes)
 }
@@ -75,7 +76,9 @@ pub fn pack(model: &Model, packing: Packing, to: &Path) -> Result<u64> {
 fn write(tensors: &BTreeMap<String, Tensor>, packing: Packing, path: &Path) -> Result<u64> {
     let packed = tensors
         .iter()
-        .map(|(name, tensor)| Ok((name.as_str(), QTensor::quantize(tensor, dtype(name, tensor, packing))?)))
+        .map(|(name, tensor)| {
+            Ok((name.as_str(), QTensor::quantize(tensor, dtype(name, tensor, packing))?))
+        })
         .collect::<Result<Vec<_>>>()?;
     let list: Vec<(&str, &QTensor)> = packed.iter().map(|(name, tensor)| (*name, tensor)).collect();
     atomically(path, |file| gguf_file::write(file, &[], &list).map_err(std::io::Error::other))?;
@@ -83,8 +86,10 @@ fn write(tensors: &BTreeMap<String, Tensor>, packing: Packing, path: &Path) -> R
 }
 
 fn dtype(name: &str, tensor: &Tensor, packing: Packing) -> GgmlDType {
-    let wanted = if name.contains("_embeddings.") { packing.embeddings } else { packing.matrices }.dtype();
-    let rows_fit = tensor.dims().last().is_some_and(|last| last.is_multiple_of(wanted.block_size()));
+    let wanted =
+        if name.contains("_embeddings.") { packing.embeddings } else { packing.matrices }.dtype();
+    let rows_fit =
+        tensor.dims().last().is_some_and(|last| last.is_multiple_of(wanted.block_size()));
     match tensor.dims().len() {
         2 if rows_fit => wanted,
         2 => GgmlDType::F16,
@@ -102,7 +107,10 @@ fn copy(files: &Files, name: &str, to: &Path) -> Result<()> {
 }
 
 /// A file that is there whole or not at all.
-fn atomically(path: &Path, fill: impl FnOnce(&mut std::fs::File) -> std::io::Result<()>) -> Result<()> {
+fn atomically(
+    path: &Path,
+    fill: impl FnOnce(&mut std::fs::File) -> std::io::Result<()>,
+) -> Result<()> {
     let folder = path.parent().unwrap_or(Path::new("."));
     let mut temporary = tempfile::NamedTempFile::new_in(folder).map_err(Error::io(folder))?;
     fill(temporary.as_file_mut()).map_err(Error::io(path))?;
