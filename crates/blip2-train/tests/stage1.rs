@@ -3,66 +3,19 @@
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, are tests")]
 
-use std::collections::BTreeMap;
-use std::path::Path;
+mod common;
+
 use std::sync::Arc;
 
 use blip2::checkpoint::from_lavis;
-use blip2::params::{ParamStore, Params, read_file};
-use blip2::qformer::QFormerConfig;
-use blip2::stage1::{Stage1, Stage1Config, similarity};
+use blip2::params::{ParamStore, Params};
+use blip2::stage1::{Stage1, similarity};
 use blip2_ops::{Communicator, Dropout, SingleProcess, WeightFormat};
 use blip2_train::optim::{AdamW, AdamWConfig, Gradients};
 use blip2_train::rng::Rng;
 use blip2_train::steps::{Negatives, Stage1Batch, Stage1Losses, StepContext, Texts, stage1_with};
 use candle_core::{DType, Tensor};
-
-type Tensors = BTreeMap<String, Tensor>;
-
-fn golden(name: &str) -> Tensors {
-    read_file(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden").join(name)).unwrap()
-}
-
-fn config() -> Stage1Config {
-    Stage1Config {
-        qformer: QFormerConfig {
-            width: 36,
-            depth: 4,
-            num_heads: 4,
-            mlp_width: 60,
-            cross_attention_freq: 3,
-            encoder_width: 22,
-            num_queries: 5,
-            vocab_size: 98,
-            max_positions: 40,
-            layer_norm_eps: 1e-12,
-            dropout: 0.1,
-        },
-        embed_dim: 10,
-        ln_vision_eps: 1e-5,
-    }
-}
-
-fn weights() -> Tensors {
-    from_lavis(golden("blip2_tiny.safetensors")).unwrap()
-}
-
-fn numbers(tensor: &Tensor) -> Vec<f32> {
-    tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
-}
-
-/// The largest difference, relative to the largest expected value.
-fn difference(found: &Tensor, expected: &Tensor) -> f32 {
-    assert_eq!(found.dims(), expected.dims());
-    let (found, expected) = (numbers(found), numbers(expected));
-    let scale = expected.iter().fold(0.0f32, |a, b| a.max(b.abs())).max(1e-6);
-    found.iter().zip(&expected).fold(0.0f32, |a, (x, y)| a.max((x - y).abs())) / scale
-}
-
-fn assert_close(what: &str, found: &Tensor, expected: &Tensor, tolerance: f32) {
-    let difference = difference(found, expected);
-    assert!(difference <= tolerance, "{what}: relative difference {difference:e}");
-}
+use common::{Tensors, assert_close, config, golden, numbers, weights};
 
 fn texts(golden: &Tensors, prefix: &str) -> Texts {
     let ids = golden[&format!("{prefix}ids")].to_dtype(DType::U32).unwrap();

@@ -1,0 +1,91 @@
+//! Stage 2's sequence, loss and gradients against LAVIS (golden/stage2.py), with and without a prompt.
+
+mod common;
+
+use blip2::checkpoint::from_lavis;
+use blip2::llama::{Llama, LlamaConfig};
+use blip2::llm::Llm;
+use blip2::params::ParamStore;
+use blip2::stage2::{Stage2, Stage2Config};
+use blip2_ops::{Dropout, WeightFormat};
+use blip2_train::init::in_stage2;
+use blip2_train::steps::{LlmText, stage2};
+use candle_core::{DType, Tensor};
+use common::{Tensors, assert_close, config, golden, numbers, weights};
+
+fn llm() -> Llm {
+    let json = serde_json::json!({
+        "model_type": "llama", "vocab_size": 67, "hidden_size": 40, "intermediate_size": 56,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10,
+        "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
+        "tie_word_embeddings": false, "bos_token_id": 1, "eos_token_id": 2,
+    });
+    let config = LlamaConfig::from_hf(&json.to_string()).unwrap();
+    let tensors = golden("llama_tiny.safetensors")
+        .into_iter()
+        .filter_map(|(name, tensor)| Some((name.strip_prefix("small.")?.to_owned(), tensor)))
+        .collect();
+    Llm::Llama(Llama::from_hf(config, &tensors, WeightFormat::F32).unwrap())
+}
+
+fn bridge(golden: &Tensors) -> (ParamStore, Stage2) {
+    let mut tensors = weights();
+    tensors.retain(|name, _| in_stage2(name));
+    for name in ["llm_proj.weight", "llm_proj.bias"] {
+        tensors.insert(name.into(), golden[name].clone());
+    }
+    let store = ParamStore::new(tensors).unwrap();
+    let config = Stage2Config {
+        qformer: config().qformer,
+        llm_width: 40,
+        ln_vision_eps: config().ln_vision_eps,
+    };
+    let model = store.build(|p| Stage2::new(p, &config)).unwrap();
+    (store, model)
+}
+
+/// The texts as rows of ids without padding; the first `prompt_len` ids of each are given.
+fn texts(golden: &Tensors, case: &str, queries: usize, prompt_len: usize) -> Vec<LlmText> {
+    let rows = |name: &str| {
+        golden[&format!("{case}.{name}")].to_dtype(DType::U32).unwrap().to_vec2::<u32>().unwrap()
+    };
+    let row = |(ids, mask): (Vec<u32>, Vec<u32>)| {
+        let real = mask[queries..].iter().filter(|m| **m == 1).count();
+        LlmText { ids: ids[..real].to_vec(), prompt_len }
+    };
+    rows("ids").into_iter().zip(rows("mask")).map(row).collect()
+}
+
+#[test]
+fn loss_and_every_gradient_equal_lavis() {
+    let golden = golden("stage2.safetensors");
+    let (store, model) = bridge(&golden);
+    let llm = llm();
+    // The prompt of two words and the start token are given; without a prompt, even the start token is predicted.
+    for (case, prompt_len) in [("plain", 0), ("prompt", 3)] {
+        let texts = texts(&golden, case, 5, prompt_len);
+        let loss = stage2(&model, &llm, &golden["image"], &texts, &Dropout::off()).unwrap();
+        assert_close(&format!("{case} loss"), &loss, &golden[&format!("{case}.loss")], 1e-4);
+
+        let grads = loss.backward().unwrap();
+        let prefix = format!("{case}.grad.");
+        let theirs =
+            golden.iter().filter_map(|(name, grad)| Some((name.strip_prefix(&prefix)?, grad)));
+        let (ours, theirs): (Tensors, Tensors) = theirs
+            .map(|(name, grad)| (name.to_owned(), grad.clone()))
+            .partition(|(name, _)| name.starts_with("llm_proj."));
+        let mut expected = from_lavis(theirs).unwrap();
+        expected.extend(ours);
+        assert_eq!(expected.len(), store.vars().count());
+        for (name, var) in store.vars() {
+            let grad: &Tensor = grads.get(var).unwrap_or_else(|| panic!("{name} got no gradient"));
+            if name.ends_with("attn.k.bias") {
+                // Analytically zero: it shifts every score of a row alike.
+                assert!(numbers(grad).iter().all(|g| g.abs() < 1e-5), "{name} is not zero");
+                continue;
+            }
+            assert!(numbers(grad).iter().any(|g| *g != 0.0), "{name} got a zero gradient");
+            assert_close(&format!("{case}: gradient of {name}"), grad, &expected[name], 1e-3);
+        }
+    }
+}
