@@ -2,6 +2,7 @@
 //! stage1_curve}.py): odd sizes, cross-attention every third layer, five queries.
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, are tests")]
+#![expect(clippy::unwrap_used, reason = "a test that can't go on should stop")]
 
 mod common;
 

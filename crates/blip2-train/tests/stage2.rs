@@ -1,5 +1,7 @@
 //! Stage 2's sequence, loss and gradients against LAVIS (golden/stage2.py), with and without a prompt.
 
+#![expect(clippy::unwrap_used, reason = "a test that can't go on should stop")]
+
 mod common;
 
 use blip2::checkpoint::from_lavis;
