@@ -23,7 +23,7 @@ pub(crate) fn run(global: &Global, args: &EvalArgs) -> anyhow::Result<Outcome> {
         matcher: matcher.as_ref(),
     };
     let mut bar = Progress::default();
-    let report = evaluate(&subject, &file, &mut |what, done, total| bar.count(what, done, total))?;
+    let report = evaluate(&subject, &file, &mut |what, done, total| bar.update(what, done, total))?;
     drop(bar);
 
     let write = |name: &str, text: &str| {

@@ -22,11 +22,6 @@ impl Progress {
         }
     }
 
-    /// `done` of `total` things.
-    pub(crate) fn count(&mut self, name: &str, done: u64, total: u64) {
-        self.update(name, done, total);
-    }
-
     fn finish(&mut self) {
         if let Some((_, bar)) = self.shown.take() {
             bar.finish();

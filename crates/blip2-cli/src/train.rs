@@ -30,7 +30,7 @@ pub(crate) fn run(args: &TrainArgs) -> anyhow::Result<Outcome> {
         resume: if args.resume { Resume::Yes } else { Resume::No },
         stop: &stop,
         download: &mut |name, done, total| downloads.update(name, done, total),
-        encoding: &mut |done, total| pictures.count("encoding pictures", done, total),
+        encoding: &mut |done, total| pictures.update("encoding pictures", done, total),
         monitor: &mut |_, dir, recipe| -> Box<dyn Monitor> {
             Box::new(RunLog::new(dir, recipe.runtime.log_every))
         },

@@ -148,12 +148,15 @@ struct Said {
     answers: Vec<String>,
 }
 
+/// A question and its right answer.
+type Question = (String, String);
+
 /// A picture under test.
 struct Exam {
     sample: Sample,
     picture: Rgb,
-    /// Questions asked: (question, right answer).
-    questions: Vec<(String, String)>,
+    /// Questions asked.
+    questions: Vec<Question>,
 }
 
 /// Runs the whole evaluation; `say` is told what is going on: what, done, of how many.
@@ -268,7 +271,9 @@ fn ask_model(
     let mut said = Vec::with_capacity(exams.len());
     for (part, patches) in exams.chunks(file.data.batch_size).zip(patches) {
         say("captions and answers", said.len() as u64, exams.len() as u64);
-        said.extend(ask(captioner, part, patches, file)?);
+        let questions: Vec<&[Question]> =
+            part.iter().map(|exam| exam.questions.as_slice()).collect();
+        said.extend(ask(captioner, &questions, patches, file)?);
     }
     Ok(said)
 }
@@ -276,7 +281,7 @@ fn ask_model(
 /// Captions the pictures of a batch and answers their questions.
 fn ask(
     captioner: &Captioner,
-    exams: &[Exam],
+    asked: &[&[Question]],
     patches: &Tensor,
     file: &EvalFile,
 ) -> Result<Vec<Said>> {
@@ -288,15 +293,15 @@ fn ask(
         };
         found.into_iter().map(text).collect()
     };
-    let prompts = vec![captioner.caption_prompt(); exams.len()];
+    let prompts = vec![captioner.caption_prompt(); asked.len()];
     let captions = best(captioner.generate_from(patches, &prompts, &options)?)?;
     let mut said: Vec<Said> =
         captions.into_iter().map(|caption| Said { caption, answers: Vec::new() }).collect();
 
     let mut rows = Vec::new();
     let mut prompts = Vec::new();
-    for (i, exam) in exams.iter().enumerate() {
-        for (question, _) in &exam.questions {
+    for (i, questions) in asked.iter().enumerate() {
+        for (question, _) in *questions {
             rows.push(i as u32);
             prompts.push(captioner.question_prompt(&[], question));
         }
@@ -325,7 +330,7 @@ fn ask_blind(
     let blank = Rgb { width: side, height: side, data: vec![255; (side * side * 3) as usize] };
     let blank = captioner.vision().encode(&[blank])?;
     // The picture never changes, so the same question always gets the same answer.
-    let mut answers: BTreeMap<&str, String> = BTreeMap::new();
+    let mut answers: BTreeMap<String, String> = BTreeMap::new();
     let mut caption = None;
     let mut said = Vec::with_capacity(exams.len());
     for (i, exam) in exams.iter().enumerate() {
@@ -334,21 +339,10 @@ fn ask_blind(
             exam.questions.iter().filter(|(question, _)| !answers.contains_key(question.as_str()));
         let open: Vec<_> = open.cloned().collect();
         if caption.is_none() || !open.is_empty() {
-            let asked = Exam {
-                sample: exam.sample.clone(),
-                picture: exam.picture.clone(),
-                questions: open,
-            };
-            let found = ask(captioner, std::slice::from_ref(&asked), &blank, file)?.pop();
+            let found = ask(captioner, &[&open], &blank, file)?.pop();
             let found = found.unwrap_or(Said { caption: String::new(), answers: Vec::new() });
             caption.get_or_insert(found.caption);
-            let unanswered = exam
-                .questions
-                .iter()
-                .map(|(question, _)| question.as_str())
-                .filter(|q| !answers.contains_key(q));
-            let unanswered: Vec<&str> = unanswered.collect();
-            answers.extend(unanswered.into_iter().zip(found.answers));
+            answers.extend(open.into_iter().map(|(question, _)| question).zip(found.answers));
         }
         said.push(Said {
             caption: caption.clone().unwrap_or_default(),
