@@ -23,6 +23,7 @@ use crate::eval::report::{
     SystemScores, thumbnail,
 };
 use crate::eval::retrieval::{self, ScoreMatrix};
+use crate::features::{FeatureCache, FeatureShape};
 use crate::recipe::{DataBuild, parse_toml};
 use crate::tasks::data_hash;
 use crate::{Error, Result};
@@ -57,6 +58,9 @@ pub struct EvalData {
     pub pictures: usize,
     /// At most so many training pictures for the nearest neighbour; 0: all.
     pub train_pictures: usize,
+    /// Folder of training's feature caches: where one fits, the nearest neighbour reads the training pictures' features
+    /// there instead of encoding them anew.
+    pub features: PathBuf,
     /// At most so many questions per picture.
     pub questions: usize,
     /// Pictures computed together.
@@ -136,6 +140,8 @@ pub struct Subject<'a> {
     pub name: &'a str,
     /// Hash of its trained weights.
     pub hash: String,
+    /// See [`crate::parts::vision_key`].
+    pub vision_key: serde_json::Value,
     /// Captions and answers.
     pub captioner: &'a Captioner,
     /// Retrieval; none where the model has no stage 1.
@@ -177,7 +183,11 @@ pub fn evaluate(
     let vision = subject.captioner.vision();
     let (patches, classes) = encode_exams(vision, &exams, file.data.batch_size, say)?;
     let model = ask_model(subject.captioner, &exams, &patches, file, say)?;
-    let nearest = ask_nearest(vision, &exams, &classes, &train, file, say)?;
+    let nearest = {
+        let (features, metas) = training_pictures(subject, &train, &file.data, say)?;
+        let cosines = blip2_ops::linear(&classes, &features, None)?.to_vec2::<f32>()?;
+        exams.iter().zip(cosines).map(|(exam, row)| say_as_nearest(exam, &row, &metas)).collect()
+    };
     let blind = ask_blind(subject.captioner, &exams, file, say)?;
     let retrieval = match subject.matcher {
         Some(matcher) if file.retrieval.pairs > 0 => {
@@ -356,37 +366,50 @@ fn ask_blind(
     Ok(said)
 }
 
-/// For each picture, what the training data says about the closest training picture. A question is answered by the closest
-/// picture that was asked the same.
-fn ask_nearest(
-    vision: &Vision,
-    exams: &[Exam],
-    classes: &Tensor,
+/// The training pictures among which the nearest neighbour looks: normalised class tokens (n, width), and what is said of
+/// each.
+fn training_pictures(
+    subject: &Subject<'_>,
     train: &Dataset,
-    file: &EvalFile,
+    data: &EvalData,
     say: &mut dyn FnMut(&str, u64, u64),
-) -> Result<Vec<Said>> {
-    let chosen = spread(train.len(), file.data.train_pictures);
+) -> Result<(Tensor, Vec<Meta>)> {
+    let vision = subject.captioner.vision();
+    let chosen = spread(train.len(), data.train_pictures);
+    let metas = (0..train.len()).map(|i| train.meta(i)).collect::<Result<Vec<_>>>()?;
+    let shape = FeatureShape {
+        samples: train.len(),
+        views: 1,
+        tokens: vision.config().num_tokens(),
+        width: vision.config().width,
+    };
+    let hash = data_hash(train, &metas, &data.dir, &data.train)?;
+    let cache = FeatureCache::find_plain(&data.features, &subject.vision_key, &hash, shape)?;
     let mut features = Vec::new();
-    let mut metas: Vec<Meta> = Vec::with_capacity(chosen.len());
-    for part in chosen.chunks(file.data.batch_size) {
-        say("training pictures for the nearest neighbour", metas.len() as u64, chosen.len() as u64);
-        let samples = part.par_iter().map(|&i| train.get(i)).collect::<Result<Vec<_>>>()?;
-        let pictures = samples
-            .par_iter()
-            .map(|s| {
-                image::decode(&s.image, Pixels::Default)
-                    .map_err(|e| Error::Data(format!("{}: {e}", s.key)))
-            })
-            .collect::<Result<Vec<_>>>()?;
-        features.push(class_tokens(&vision.encode(&pictures)?)?);
-        metas.extend(samples.into_iter().map(|sample| sample.meta));
+    for (i, part) in chosen.chunks(data.batch_size).enumerate() {
+        let done = (i * data.batch_size) as u64;
+        say("training pictures for the nearest neighbour", done, chosen.len() as u64);
+        let patches = match &cache {
+            Some(cache) => cache.read(0, part)?,
+            None => vision.encode(&read_pictures(train, part)?)?,
+        };
+        features.push(class_tokens(&patches)?);
     }
-    let cosines =
-        blip2_ops::linear(classes, &Tensor::cat(&features, 0)?, None)?.to_vec2::<f32>()?;
-    Ok(exams.iter().zip(cosines).map(|(exam, row)| say_as_nearest(exam, &row, &metas)).collect())
+    let metas = chosen.iter().map(|&i| metas[i].clone()).collect();
+    Ok((Tensor::cat(&features, 0)?, metas))
 }
 
+fn read_pictures(data: &Dataset, indices: &[usize]) -> Result<Vec<Rgb>> {
+    let read = |&i: &usize| {
+        let sample = data.get(i)?;
+        image::decode(&sample.image, Pixels::Default)
+            .map_err(|err| Error::Data(format!("{}: {err}", sample.key)))
+    };
+    indices.par_iter().map(read).collect()
+}
+
+/// What the training data says about the closest training picture. A question is answered by the closest picture that was
+/// asked the same.
 fn say_as_nearest(exam: &Exam, cosines: &[f32], metas: &[Meta]) -> Said {
     let mut order: Vec<usize> = (0..cosines.len()).collect();
     order.sort_by(|&a, &b| cosines[b].total_cmp(&cosines[a]));

@@ -112,6 +112,36 @@ impl FeatureCache {
         Ok(Some(Self { shape, views }))
     }
 
+    /// A cache below `dir` that holds the plain pictures of `data` (a hash) as `encoder` sees them, left by a training run
+    /// with whatever augmentation; view 0 alone is opened. `None` if there is none.
+    ///
+    /// # Errors
+    /// If the disk can't be read.
+    pub fn find_plain(
+        dir: &Path,
+        encoder: &serde_json::Value,
+        data: &str,
+        shape: FeatureShape,
+    ) -> Result<Option<Self>> {
+        let shape = FeatureShape { views: 1, ..shape };
+        let Ok(entries) = fs::read_dir(dir) else { return Ok(None) };
+        for entry in entries {
+            let dir = entry.map_err(Error::io(dir))?.path();
+            let path = dir.join("view-000.f16");
+            let Ok(key) = fs::read_to_string(dir.join("key.json")) else { continue };
+            // The description is followed by the size.
+            let described = serde_json::Deserializer::from_str(&key).into_iter().next();
+            let Some(Ok(serde_json::Value::Object(key))) = described else { continue };
+            let fits = key.get("encoder") == Some(encoder)
+                && key.get("data").and_then(serde_json::Value::as_str) == Some(data);
+            if fits && path.exists() {
+                let view = Mutex::new(open_view(&path, shape)?);
+                return Ok(Some(Self { shape, views: vec![(path, view)] }));
+            }
+        }
+        Ok(None)
+    }
+
     /// The cache's size.
     #[must_use]
     pub fn shape(&self) -> FeatureShape {
@@ -311,6 +341,24 @@ mod tests {
 
     fn folder(dir: &Path) -> PathBuf {
         fs::read_dir(dir).unwrap().next().unwrap().unwrap().path()
+    }
+
+    #[test]
+    fn plain_pictures_are_found_whatever_the_augmentation() {
+        let dir = tempfile::tempdir().unwrap();
+        let stop = AtomicBool::new(false);
+        let key = serde_json::json!({"encoder": {"e": 1}, "data": "d", "augment": 5});
+        let mut build =
+            Build { batch: 7, encode: &mut encode, progress: &mut |_, _| {}, stop: &stop };
+        FeatureCache::open(dir.path(), &key, SHAPE, &mut build).unwrap().unwrap();
+        let find = |encoder: serde_json::Value, data: &str| {
+            FeatureCache::find_plain(dir.path(), &encoder, data, SHAPE).unwrap()
+        };
+        let found = find(serde_json::json!({"e": 1}), "d").unwrap();
+        let read = found.read(0, &[3, 9]).unwrap().to_vec3::<f32>().unwrap();
+        assert_eq!(read, encode(0, &[3, 9]).unwrap().to_vec3::<f32>().unwrap());
+        assert!(find(serde_json::json!({"e": 2}), "d").is_none());
+        assert!(find(serde_json::json!({"e": 1}), "other").is_none());
     }
 
     #[test]

@@ -158,26 +158,38 @@ fn shapes(config: &Stage1Config) -> BTreeMap<String, Vec<usize>> {
 }
 
 /// The starting point of stage 2: what it keeps of stage 1 (`ln_vision`, queries, the query side of the Q-Former), and
-/// a fresh `llm_proj` (`llm_width`, w).
+/// `llm_proj` (`llm_width`, w): that of an earlier stage 2 if there is one, else a fresh one. `rms`, if given, is how large
+/// the elements of its output shall be at first; queries leave their last norm with elements of about 1.
 ///
 /// # Errors
-/// If a tensor operation fails.
+/// If the weights hold no queries.
 pub fn stage2(
-    stage1: &BTreeMap<String, Tensor>,
+    bridge: &BTreeMap<String, Tensor>,
     llm_width: usize,
+    rms: Option<f64>,
     seed: u64,
 ) -> Result<BTreeMap<String, Tensor>> {
-    let mut tensors: BTreeMap<String, Tensor> = stage1
+    let mut tensors: BTreeMap<String, Tensor> = bridge
         .iter()
         .filter(|(name, _)| in_stage2(name))
         .map(|(n, t)| (n.clone(), t.clone()))
         .collect();
     let width = tensors
         .get("query_tokens")
-        .ok_or_else(|| Error::Recipe("the stage-1 weights hold no query_tokens".into()))?
+        .ok_or_else(|| Error::Recipe("the weights to start from hold no query_tokens".into()))?
         .dim(candle_core::D::Minus1)?;
-    tensors
-        .insert("llm_proj.weight".into(), uniform(&[llm_width, width], &mut Rng::new(seed, &[0]))?);
+    let earlier = ["llm_proj.weight", "llm_proj.bias"]
+        .map(|name| bridge.get(name).map(|tensor| (name.to_owned(), tensor.clone())));
+    if let [Some(weight), Some(bias)] = earlier {
+        tensors.extend([weight, bias]);
+        return Ok(tensors);
+    }
+    let mut weight = uniform(&[llm_width, width], &mut Rng::new(seed, &[0]))?;
+    if let Some(rms) = rms {
+        // A uniform number within ±a has a root mean square of a/√3; here a = 1/√width, and width of them add up.
+        weight = (weight * (rms * 3f64.sqrt()))?;
+    }
+    tensors.insert("llm_proj.weight".into(), weight);
     tensors.insert("llm_proj.bias".into(), fresh("bias", &[llm_width], &mut Rng::new(seed, &[1]))?);
     Ok(tensors)
 }

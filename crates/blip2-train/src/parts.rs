@@ -90,11 +90,11 @@ impl Base {
         let ModelSection { vision, qformer, llm } = &recipe.model;
         let bert = Bert::open(&qformer.init, texts, &mut *progress)?;
         write_atomic(&dir.join(VOCAB), &bert.vocab)?;
-        let (vision_part, vision_key) = vision_part(vision, recipe.seed, dir)?;
+        let vision_part = vision_part(vision, recipe.seed, dir)?;
         if let LlmSection::Random { .. } = llm {
             random_llm(llm, recipe.seed, &dir.join(LLM))?;
         }
-        let base = Self { dir: dir.to_path_buf(), vision_key, bert };
+        let mut base = Self { dir: dir.to_path_buf(), vision_key: json!(null), bert };
         let mut manifest = match base.manifest() {
             // The earlier stage's parts stay.
             Ok(manifest) => manifest,
@@ -114,6 +114,7 @@ impl Base {
             },
         });
         base.write(&manifest)?;
+        base.vision_key = vision_key(&base.model()?)?;
         Ok(base)
     }
 
@@ -232,6 +233,18 @@ impl Base {
     }
 }
 
+/// Describes what decides the output of a model's image encoder; part of the feature cache's key.
+///
+/// # Errors
+/// If the encoder's weights can't be read.
+pub fn vision_key(model: &Model) -> Result<serde_json::Value> {
+    let part = &model.manifest.vision;
+    Ok(match &part.weights {
+        PartFile::Mini => json!({"mini": part.config.image_size}),
+        PartFile::File(name) => json!(sha256(&model.files().read(name)?)),
+    })
+}
+
 fn copy(from: &Path, to: &Path) -> Result<()> {
     write_atomic(to, &std::fs::read(from).map_err(Error::io(from))?)
 }
@@ -317,20 +330,13 @@ fn vocabulary<'a>(texts: impl Iterator<Item = &'a str>) -> Vec<u8> {
     (lines.join("\n") + "\n").into_bytes()
 }
 
-fn vision_part(
-    section: &VisionSection,
-    seed: u64,
-    dir: &Path,
-) -> Result<(VisionPart, serde_json::Value)> {
+fn vision_part(section: &VisionSection, seed: u64, dir: &Path) -> Result<VisionPart> {
     match *section {
-        VisionSection::Mini {} => {
-            let part = VisionPart {
-                config: VitConfig::dino_s(),
-                weights: PartFile::Mini,
-                normalize: Normalize::IMAGENET,
-            };
-            Ok((part, json!("mini")))
-        }
+        VisionSection::Mini { image_size } => Ok(VisionPart {
+            config: VitConfig { image_size, ..VitConfig::dino_s() },
+            weights: PartFile::Mini,
+            normalize: Normalize::IMAGENET,
+        }),
         VisionSection::Random { image_size, patch_size, width, depth, num_heads, mlp_width } => {
             let config = VitConfig {
                 image_size,
@@ -345,13 +351,12 @@ fn vision_part(
                 pre_norm: false,
                 layer_scale: false,
             };
-            let hash = save_tensors(&dir.join(VISION), &random_vit(&config, seed)?)?;
-            let part = VisionPart {
+            save_tensors(&dir.join(VISION), &random_vit(&config, seed)?)?;
+            Ok(VisionPart {
                 config,
                 weights: PartFile::File(VISION.into()),
                 normalize: Normalize::CLIP,
-            };
-            Ok((part, json!(hash)))
+            })
         }
     }
 }

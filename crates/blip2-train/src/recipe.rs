@@ -121,7 +121,10 @@ pub struct ModelSection {
 #[serde(tag = "from", rename_all = "lowercase", deny_unknown_fields)]
 pub enum VisionSection {
     /// The pretrained ViT-S/14 of mini.
-    Mini {},
+    Mini {
+        /// Side of the square input in pixels: a multiple of 14. Positions are resized to it.
+        image_size: usize,
+    },
     /// Random weights of this shape, for tests.
     Random {
         /// Side of the square input in pixels.
@@ -207,6 +210,9 @@ pub enum LlmSection {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Stage1Section {
+    /// The bridge to start from: `bert` makes a new one from `model.qformer.init`; else the run folder, `model.safetensors`
+    /// or GGUF file of an earlier stage 1.
+    pub init: String,
     /// Longest caption in tokens, `[CLS]` and `[SEP]` included; longer ones are cut.
     pub max_text_len: usize,
     /// Label smoothing of the contrastive and the captioning loss.
@@ -226,15 +232,20 @@ pub struct Stage1Section {
 #[serde(deny_unknown_fields)]
 pub struct Stage2Section {
     /// The first stage's result to start from: its run folder or its `model.safetensors`; `stage1` stands for the first
-    /// stage of this same recipe; `none` starts from the bridge's own initial weights.
+    /// stage of this same recipe; `none` starts from the bridge's own initial weights. The result of an earlier stage 2 does
+    /// as well, and keeps its projection.
     pub init: String,
+    /// How large the words that a new projection makes are at first.
+    pub proj_init: ProjInit,
     /// Longest text in tokens, prompt included; longer ones are cut.
     pub max_text_len: usize,
     /// Text put before every caption, not trained on; empty for none.
     pub prompt: String,
     /// Text put before every answer, not trained on; `{}` stands for the question.
     pub question_prompt: String,
-    /// Probability of using a question and its answer, instead of a caption, where a sample has any.
+    /// Texts per picture and step, as far as it has different ones. The queries are computed once for all of them.
+    pub texts_per_picture: usize,
+    /// Probability that a text is a question and its answer, instead of a caption, where a sample has both left.
     pub questions: f64,
     /// How long and in what portions.
     pub train: TrainSection,
@@ -306,6 +317,8 @@ pub struct RuntimeSection {
 pub enum Stage {
     /// Representation learning.
     One {
+        /// See [`Stage1Section::init`].
+        init: Stage1Init,
         /// See [`Stage1Section::max_text_len`].
         max_text_len: usize,
         /// See [`Stage1Section::label_smoothing`].
@@ -317,15 +330,39 @@ pub enum Stage {
     Two {
         /// See [`Stage2Section::init`].
         init: Stage2Init,
+        /// See [`Stage2Section::proj_init`].
+        proj_init: ProjInit,
         /// See [`Stage2Section::max_text_len`].
         max_text_len: usize,
         /// See [`Stage2Section::prompt`].
         prompt: String,
         /// See [`Stage2Section::question_prompt`].
         question_prompt: String,
+        /// See [`Stage2Section::texts_per_picture`].
+        texts_per_picture: usize,
         /// See [`Stage2Section::questions`].
         questions: f64,
     },
+}
+
+/// What the first stage starts from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Stage1Init {
+    /// A new bridge made from a BERT.
+    Bert,
+    /// A run folder or a file of weights.
+    Path(PathBuf),
+}
+
+/// How large the words that a new projection makes for the language model are at first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ProjInit {
+    /// As the reference: a linear layer of PyTorch, uniform within 1/√inputs.
+    Uniform,
+    /// The same, scaled so that soft words are about as large as the language model's own embeddings.
+    Words,
 }
 
 /// What the second stage starts from.
@@ -406,6 +443,10 @@ impl RecipeFile {
     pub fn runs(&self) -> Vec<Recipe> {
         let one = self.stage1.iter().map(|s| {
             let stage = Stage::One {
+                init: match s.init.as_str() {
+                    "bert" => Stage1Init::Bert,
+                    path => Stage1Init::Path(path.into()),
+                },
                 max_text_len: s.max_text_len,
                 label_smoothing: s.label_smoothing,
                 same_caption_matches: s.same_caption_matches,
@@ -419,9 +460,11 @@ impl RecipeFile {
                     "none" => Stage2Init::None,
                     path => Stage2Init::Path(path.into()),
                 },
+                proj_init: s.proj_init,
                 max_text_len: s.max_text_len,
                 prompt: s.prompt.clone(),
                 question_prompt: s.question_prompt.clone(),
+                texts_per_picture: s.texts_per_picture,
                 questions: s.questions,
             };
             self.run(stage, &s.train, &s.optimizer)
@@ -471,6 +514,7 @@ impl RecipeFile {
         )?;
         self.model.check()?;
         if let Some(stage) = &self.stage1 {
+            require(!stage.init.is_empty(), "stage1.init", "\"\"", "a path or bert")?;
             at_least_3("stage1.max_text_len", stage.max_text_len)?;
             share("stage1.label_smoothing", stage.label_smoothing.into(), false)?;
             stage.train.check("stage1.train")?;
@@ -484,6 +528,7 @@ impl RecipeFile {
         }
         if let Some(stage) = &self.stage2 {
             at_least_3("stage2.max_text_len", stage.max_text_len)?;
+            positive("stage2.texts_per_picture", stage.texts_per_picture)?;
             share("stage2.questions", stage.questions, true)?;
             let prompt = &stage.question_prompt;
             require(
@@ -669,22 +714,27 @@ impl AugmentSection {
 
 impl ModelSection {
     fn check(&self) -> Result<()> {
-        if let VisionSection::Random {
-            image_size,
-            patch_size,
-            width,
-            depth,
-            num_heads,
-            mlp_width,
-        } = self.vision
-        {
+        let divides_image = |patch_size, image_size| {
             divides(
                 ("model.vision.patch_size", patch_size),
                 ("model.vision.image_size", image_size),
-            )?;
-            divides(("model.vision.num_heads", num_heads), ("model.vision.width", width))?;
-            positive("model.vision.depth", depth)?;
-            positive("model.vision.mlp_width", mlp_width)?;
+            )
+        };
+        match self.vision {
+            VisionSection::Mini { image_size } => divides_image(14, image_size)?,
+            VisionSection::Random {
+                image_size,
+                patch_size,
+                width,
+                depth,
+                num_heads,
+                mlp_width,
+            } => {
+                divides_image(patch_size, image_size)?;
+                divides(("model.vision.num_heads", num_heads), ("model.vision.width", width))?;
+                positive("model.vision.depth", depth)?;
+                positive("model.vision.mlp_width", mlp_width)?;
+            }
         }
         if let BertSection::Random { width, depth, num_heads, ffn_width } = self.qformer.init {
             divides(

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use blip2::llm::Llm;
+use blip2::nn::mask::Branch;
 use blip2::stage1::Stage1;
 use blip2::stage2::Stage2;
 use blip2::tokenizer::{Side, TextBatch};
@@ -178,7 +179,8 @@ pub struct LlmText {
 
 /// Stage 2 (paper §3.3) for language models that only decode: queries, text, padding; the loss on the text alone.
 ///
-/// `patches` (b, p, encoder width), one text each.
+/// `patches` (b, p, encoder width), any number of texts each. The texts of a picture share its queries, which the
+/// language model reads once, and don't see each other: the loss is that of one row per text, at a fraction of its cost.
 ///
 /// # Errors
 /// If shapes don't fit, or no text has a token to predict.
@@ -186,32 +188,45 @@ pub fn stage2(
     bridge: &Stage2,
     llm: &Llm,
     patches: &Tensor,
-    texts: &[LlmText],
+    texts: &[Vec<LlmText>],
     dropout: &Dropout,
 ) -> Result<Tensor> {
     let soft = bridge.soft_words(patches, dropout)?;
     let queries = soft.dim(1)?;
-    let rows: Vec<Vec<u32>> = texts.iter().map(|text| text.ids.clone()).collect();
+    let rows: Vec<Vec<u32>> =
+        texts.iter().map(|row| row.iter().flat_map(|text| &text.ids).copied().collect()).collect();
     let batch = TextBatch::new(&rows, llm.eos(), Side::Right, 0)?;
     let embeds = Tensor::cat(&[&soft, &llm.embed(&batch.ids)?], 1)?;
-    let mask: Vec<Vec<bool>> = batch
-        .mask
-        .iter()
-        .map(|row| std::iter::repeat_n(true, queries).chain(row.iter().copied()).collect())
-        .collect();
-    let hidden = llm.hidden(&embeds, &mask, None)?;
-    let targets = Targets::shifted(&labels(texts, queries, embeds.dim(1)?));
+    let width = embeds.dim(1)?;
+    let branches: Vec<_> = texts.iter().map(|row| branches(row, queries, width)).collect();
+    let hidden = llm.hidden_branches(&embeds, &branches)?;
+    let targets = stage2_targets(texts, queries, width);
     let logits = llm.logits(&targets.select(&hidden)?)?;
     losses::lm(&logits, &targets, 0.0)
 }
 
-fn labels(texts: &[LlmText], queries: usize, width: usize) -> Vec<Vec<Option<u32>>> {
-    let row = |text: &LlmText| {
-        let mut labels = vec![None; width];
-        for (t, id) in text.ids.iter().enumerate().skip(text.prompt_len) {
-            labels[queries + t] = Some(*id);
+/// What each of a row's `width` positions belongs to: the queries, one of the texts, or padding.
+fn branches(texts: &[LlmText], queries: usize, width: usize) -> Vec<Branch> {
+    let mut row = vec![Branch::Stem; queries];
+    for (i, text) in texts.iter().enumerate() {
+        row.extend(std::iter::repeat_n(Branch::Text(i), text.ids.len()));
+    }
+    row.resize(width, Branch::Padding);
+    row
+}
+
+/// Every token behind a prompt, predicted from the one before it in its text, or from the last query.
+fn stage2_targets(texts: &[Vec<LlmText>], queries: usize, width: usize) -> Targets {
+    let mut targets = Targets::default();
+    for (row, texts) in texts.iter().enumerate() {
+        let mut start = queries;
+        for text in texts {
+            for (t, id) in text.ids.iter().enumerate().skip(text.prompt_len) {
+                let before = if t == 0 { queries } else { start + t } - 1;
+                targets.push(row * width + before, *id);
+            }
+            start += text.ids.len();
         }
-        labels
-    };
-    texts.iter().map(row).collect()
+    }
+    targets
 }

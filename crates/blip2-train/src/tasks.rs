@@ -31,7 +31,9 @@ use crate::data::{Dataset, Meta, text::pre_caption};
 use crate::features::{Build, FeatureCache, FeatureShape};
 use crate::order::{BatchPlan, purpose};
 use crate::parts::{Base, llm_format};
-use crate::recipe::{CaptionChoice, Recipe, RecipeFile, Stage, Stage2Init};
+use crate::recipe::{
+    CaptionChoice, ProjInit, Recipe, RecipeFile, Stage, Stage1Init, Stage2Init, VisionSection,
+};
 use crate::rng::Rng;
 use crate::steps::{self, LlmText, Stage1Batch, StepContext, Texts};
 use crate::trainer::{
@@ -167,13 +169,20 @@ impl Pictures {
         Ok(Shown::Pictures(plan.samples.iter().map(picture).collect::<Result<_>>()?))
     }
 
-    fn caption(&self, sample: usize, rng: &mut Rng) -> String {
+    /// The captions that training may draw.
+    fn captions(&self, sample: usize) -> Vec<String> {
         let all = self.metas[sample].all_captions();
-        let index = match self.captions {
-            CaptionChoice::First => 0,
-            CaptionChoice::Random => rng.below(all.len()),
+        let choice = match self.captions {
+            CaptionChoice::First => &all[..1],
+            CaptionChoice::Random => &all[..],
         };
-        pre_caption(all[index], MAX_WORDS)
+        choice.iter().map(|caption| pre_caption(caption, MAX_WORDS)).collect()
+    }
+
+    fn caption(&self, sample: usize, rng: &mut Rng) -> String {
+        let mut all = self.captions(sample);
+        let index = if all.len() == 1 { 0 } else { rng.below(all.len()) };
+        all.swap_remove(index)
     }
 }
 
@@ -257,11 +266,16 @@ impl<'a> Stage1Task<'a> {
         config: &Stage1Config,
         vision: Option<&'a Vision>,
     ) -> Result<Self> {
-        let Stage::One { max_text_len, label_smoothing, same_caption_matches } = recipe.stage
+        let Stage::One { ref init, max_text_len, label_smoothing, same_caption_matches } =
+            recipe.stage
         else {
             return Err(Error::Recipe("not a recipe of stage 1".into()));
         };
-        let params = ParamStore::new(base.stage1_start(config, recipe.seed)?)?;
+        let start = match init {
+            Stage1Init::Bert => base.stage1_start(config, recipe.seed)?,
+            Stage1Init::Path(path) => params::read_file(&weights_file(path))?,
+        };
+        let params = ParamStore::new(start)?;
         let model = params.build(|p| Stage1::new(p, config))?;
         let source = Stage1Source {
             pictures,
@@ -372,13 +386,15 @@ pub struct Stage2Source<'a> {
     max_text_len: usize,
     prompt: String,
     question_prompt: String,
+    texts_per_picture: usize,
     questions: f64,
 }
 
 /// A loaded batch of stage 2.
 pub struct Stage2Loaded {
     shown: Shown,
-    texts: Vec<LlmText>,
+    /// Each picture's.
+    texts: Vec<Vec<LlmText>>,
 }
 
 impl<'a> Stage2Task<'a> {
@@ -395,7 +411,15 @@ impl<'a> Stage2Task<'a> {
         (llm, tokenizer): (Llm, Tokenizer),
         vision: Option<&'a Vision>,
     ) -> Result<Self> {
-        let Stage::Two { max_text_len, prompt, question_prompt, questions, .. } = &recipe.stage
+        let Stage::Two {
+            proj_init,
+            max_text_len,
+            prompt,
+            question_prompt,
+            texts_per_picture,
+            questions,
+            ..
+        } = &recipe.stage
         else {
             return Err(Error::Recipe("not a recipe of stage 2".into()));
         };
@@ -405,7 +429,11 @@ impl<'a> Stage2Task<'a> {
             None => base.stage1_start(stage1_config, recipe.seed)?,
         };
         let seed = Rng::new(recipe.seed, &[purpose::INIT, 2]).bits();
-        let params = ParamStore::new(init::stage2(&bridge, llm.width(), seed)?)?;
+        let rms = match proj_init {
+            ProjInit::Uniform => None,
+            ProjInit::Words => Some(llm.embedding_rms()?),
+        };
+        let params = ParamStore::new(init::stage2(&bridge, llm.width(), rms, seed)?)?;
         let config = stage2_config(stage1_config, llm.width());
         let model = params.build(|p| Stage2::new(p, &config))?;
         let source = Stage2Source {
@@ -414,6 +442,7 @@ impl<'a> Stage2Task<'a> {
             max_text_len: *max_text_len,
             prompt: prompt.clone(),
             question_prompt: question_prompt.clone(),
+            texts_per_picture: *texts_per_picture,
             questions: *questions,
         };
         source.check()?;
@@ -443,8 +472,8 @@ impl Source for Stage2Source<'_> {
     }
 
     fn load(&self, plan: &BatchPlan) -> Result<Stage2Loaded> {
-        let text = |&sample: &usize| self.text(sample, &mut plan.rng(sample));
-        let texts = plan.samples.iter().map(text).collect::<Result<_>>()?;
+        let texts = |&sample: &usize| self.texts(sample, &mut plan.rng(sample));
+        let texts = plan.samples.iter().map(texts).collect::<Result<_>>()?;
         Ok(Stage2Loaded { shown: self.pictures.load(plan)?, texts })
     }
 }
@@ -461,18 +490,26 @@ impl Stage2Source<'_> {
         })
     }
 
-    /// A caption behind the prompt, or the answer to one of the picture's questions.
-    fn text(&self, sample: usize, rng: &mut Rng) -> Result<LlmText> {
-        let pairs = &self.pictures.metas[sample].qa;
-        // Drawn in any case, so that the caption drawn does not depend on whether there are questions.
-        let ask = rng.uniform() < self.questions;
-        if ask && !pairs.is_empty() {
-            let pair = &pairs[rng.below(pairs.len())];
-            let prompt = self.question_prompt.replacen("{}", pair.question.trim(), 1);
-            return llm_text(&self.tokenizer, &prompt, &pair.answer, self.max_text_len);
+    /// Captions behind the prompt and answers behind their questions, as many as the recipe wants and all different, but at
+    /// least one.
+    fn texts(&self, sample: usize, rng: &mut Rng) -> Result<Vec<LlmText>> {
+        let meta = &self.pictures.metas[sample];
+        let mut captions = self.pictures.captions(sample);
+        let mut pairs: Vec<_> = meta.qa.iter().filter(|_| self.questions > 0.0).collect();
+        let mut texts = Vec::with_capacity(self.texts_per_picture);
+        while texts.len() < self.texts_per_picture && !(captions.is_empty() && pairs.is_empty()) {
+            // Drawn in any case, so that the caption drawn does not depend on whether there are questions.
+            let ask = rng.uniform() < self.questions;
+            texts.push(if (ask && !pairs.is_empty()) || captions.is_empty() {
+                let pair = pairs.swap_remove(rng.below(pairs.len()));
+                let prompt = self.question_prompt.replacen("{}", pair.question.trim(), 1);
+                llm_text(&self.tokenizer, &prompt, &pair.answer, self.max_text_len)?
+            } else {
+                let caption = captions.swap_remove(rng.below(captions.len()));
+                llm_text(&self.tokenizer, &self.prompt, &caption, self.max_text_len)?
+            });
         }
-        let caption = self.pictures.caption(sample, rng);
-        llm_text(&self.tokenizer, &self.prompt, &caption, self.max_text_len)
+        Ok(texts)
     }
 }
 
@@ -583,8 +620,7 @@ fn train_stage(
     session: &mut Session<'_>,
 ) -> Result<Option<Outcome>> {
     let side = match recipe.model.vision {
-        crate::recipe::VisionSection::Random { image_size, .. } => image_size,
-        crate::recipe::VisionSection::Mini {} => blip2::vit::VitConfig::dino_s().image_size,
+        VisionSection::Random { image_size, .. } | VisionSection::Mini { image_size } => image_size,
     };
     let mut pictures = Pictures::open(recipe, &recipe.data.train, side)?;
     let base = Base::prepare(recipe, model_dir, pictures.texts(), &mut *session.download)?;
@@ -633,7 +669,11 @@ fn stage1_weights(init: &Stage2Init, dir: &Path) -> Option<PathBuf> {
     match init {
         Stage2Init::None => None,
         Stage2Init::Stage1 => Some(dir.join("stage1").join(MODEL)),
-        Stage2Init::Path(path) if path.is_dir() => Some(path.join(MODEL)),
-        Stage2Init::Path(path) => Some(path.clone()),
+        Stage2Init::Path(path) => Some(weights_file(path)),
     }
+}
+
+/// The weights that a recipe's `init` names: a file, or the result in a run's folder.
+fn weights_file(path: &Path) -> PathBuf {
+    if path.is_dir() { path.join(MODEL) } else { path.to_path_buf() }
 }

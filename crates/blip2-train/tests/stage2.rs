@@ -12,7 +12,7 @@ use blip2::stage2::{Stage2, Stage2Config};
 use blip2_ops::{Dropout, WeightFormat};
 use blip2_train::init::in_stage2;
 use blip2_train::steps::{LlmText, stage2};
-use candle_core::{DType, Tensor};
+use candle_core::{DType, IndexOp as _, Tensor};
 use common::{Tensors, assert_close, config, golden, numbers, weights};
 
 fn llm() -> Llm {
@@ -47,13 +47,13 @@ fn bridge(golden: &Tensors) -> (ParamStore, Stage2) {
 }
 
 /// The texts as rows of ids without padding; the first `prompt_len` ids of each are given.
-fn texts(golden: &Tensors, case: &str, queries: usize, prompt_len: usize) -> Vec<LlmText> {
+fn texts(golden: &Tensors, case: &str, queries: usize, prompt_len: usize) -> Vec<Vec<LlmText>> {
     let rows = |name: &str| {
         golden[&format!("{case}.{name}")].to_dtype(DType::U32).unwrap().to_vec2::<u32>().unwrap()
     };
     let row = |(ids, mask): (Vec<u32>, Vec<u32>)| {
         let real = mask[queries..].iter().filter(|m| **m == 1).count();
-        LlmText { ids: ids[..real].to_vec(), prompt_len }
+        vec![LlmText { ids: ids[..real].to_vec(), prompt_len }]
     };
     rows("ids").into_iter().zip(rows("mask")).map(row).collect()
 }
@@ -89,5 +89,33 @@ fn loss_and_every_gradient_equal_lavis() {
             assert!(numbers(grad).iter().any(|g| *g != 0.0), "{name} got a zero gradient");
             assert_close(&format!("{case}: gradient of {name}"), grad, &expected[name], 1e-3);
         }
+    }
+}
+
+/// Texts of one picture that share its queries give the loss and the gradients of one row per text.
+#[test]
+fn texts_that_share_a_picture_are_as_if_each_stood_alone() {
+    let golden = golden("stage2.safetensors");
+    let (store, model) = bridge(&golden);
+    let llm = llm();
+    let one = |case, prompt_len| texts(&golden, case, 5, prompt_len);
+    // Three texts for one picture, one for the other: with a prompt and without, and of different lengths.
+    let (plain, prompted) = (one("plain", 0), one("prompt", 3));
+    let shared = vec![[&plain[0][..], &prompted[1], &plain[1]].concat(), prompted[0].clone()];
+    let alone: Vec<Vec<LlmText>> = shared.iter().flatten().map(|text| vec![text.clone()]).collect();
+    let image = golden["image"].i(..2).unwrap();
+    let rows = Tensor::new(&[0u32, 0, 0, 1], image.device()).unwrap();
+    let repeated = image.index_select(&rows, 0).unwrap();
+
+    let run = |image: &Tensor, texts: &[Vec<LlmText>]| {
+        let loss = stage2(&model, &llm, image, texts, &Dropout::off()).unwrap();
+        let grads = loss.backward().unwrap();
+        (loss, grads)
+    };
+    let (loss, grads) = run(&image, &shared);
+    let (loss_alone, grads_alone) = run(&repeated, &alone);
+    assert_close("loss", &loss, &loss_alone, 1e-5);
+    for (name, var) in store.vars().filter(|(name, _)| !name.ends_with("attn.k.bias")) {
+        assert_close(name, grads.get(var).unwrap(), grads_alone.get(var).unwrap(), 1e-4);
     }
 }

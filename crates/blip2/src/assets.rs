@@ -166,7 +166,8 @@ impl Make {
     /// To be counted up when the result changes, so that old cache entries are made anew.
     fn version(self) -> u32 {
         match self {
-            Self::Copy | Self::Vit => 1,
+            Self::Copy => 1,
+            Self::Vit => 2,
         }
     }
 }

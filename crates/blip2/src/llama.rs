@@ -20,11 +20,12 @@ use blip2_ops::{
     silu_gate,
 };
 use candle_core::quantized::gguf_file::{Content, Value};
-use candle_core::{DType, Device, Storage, Tensor};
+use candle_core::{D, DType, Device, Storage, Tensor};
 use rayon::prelude::*;
 use serde::Deserialize;
 
-use crate::nn::{KvCache, mask};
+use crate::nn::KvCache;
+use crate::nn::mask::{self, Branch};
 use crate::{Error, Result};
 
 /// Shape and constants of a LLaMA-like model.
@@ -219,6 +220,16 @@ impl Llama {
         Ok(self.embeddings.rows(&flat)?.reshape((b, t, self.config.width))?)
     }
 
+    /// Root mean square of the elements of all token embeddings.
+    ///
+    /// # Errors
+    /// Only if a tensor operation fails.
+    pub fn embedding_rms(&self) -> Result<f64> {
+        let squares =
+            self.embeddings.dequantize()?.sqr()?.mean(1)?.mean_all()?.to_scalar::<f32>()?;
+        Ok(f64::from(squares).sqrt())
+    }
+
     /// Embeddings `(b, t, d)` to hidden states `(b, t, d)` after the last norm.
     ///
     /// `visible` has a row of `s` per row of `x`: whether each position, cached ones first, holds
@@ -232,16 +243,10 @@ impl Llama {
         &self,
         x: &Tensor,
         visible: &[Vec<bool>],
-        mut cache: Option<&mut KvCaches>,
+        cache: Option<&mut KvCaches>,
     ) -> Result<Tensor> {
-        let (b, t, d) = x.dims3()?;
+        let (b, t, _) = x.dims3()?;
         let s = cache.as_ref().map_or(0, |cache| cache.len()) + t;
-        if d != self.config.width {
-            return Err(Error::Config(format!(
-                "embeddings of width {d} for a language model of width {}",
-                self.config.width
-            )));
-        }
         if visible.len() != b || visible.iter().any(|row| row.len() != s) {
             return Err(Error::Config(format!(
                 "a mask of {} rows of {} for {b} rows of {s} positions",
@@ -249,20 +254,56 @@ impl Llama {
                 visible.first().map_or(0, Vec::len)
             )));
         }
-        if s > self.config.max_len {
+        let positions = mask::positions(visible, t);
+        self.run(x, &positions, mask::causal(visible, t)?.as_ref(), s, cache)
+    }
+
+    /// The same without a cache, for rows in which several texts go on from one stem: `branches` has a row of `t` per row
+    /// of `x`. Each text's hidden states are those of a row of its own; what comes out at padding means nothing.
+    ///
+    /// # Errors
+    /// Shapes that don't fit, or more positions than the model knows.
+    pub fn forward_branches(&self, x: &Tensor, branches: &[Vec<Branch>]) -> Result<Tensor> {
+        let (b, t, _) = x.dims3()?;
+        if branches.len() != b || branches.iter().any(|row| row.len() != t) {
             return Err(Error::Config(format!(
-                "{s} positions; this language model knows {}",
-                self.config.max_len
+                "branches of {} rows of {} for {b} rows of {t} positions",
+                branches.len(),
+                branches.first().map_or(0, Vec::len)
             )));
         }
-        let positions = mask::positions(visible, t);
-        let bias = mask::causal(visible, t)?;
+        let (bias, positions) = mask::branching(branches)?;
+        let longest = positions.iter().max().map_or(0, |last| *last as usize + 1);
+        self.run(x, &positions, Some(&bias), longest, None)
+    }
+
+    /// All blocks and the last norm; `reach` positions are in use, cached ones included.
+    fn run(
+        &self,
+        x: &Tensor,
+        positions: &[u32],
+        bias: Option<&Tensor>,
+        reach: usize,
+        mut cache: Option<&mut KvCaches>,
+    ) -> Result<Tensor> {
+        let LlamaConfig { width, max_len, norm_eps, .. } = self.config;
+        let d = x.dim(D::Minus1)?;
+        if d != width {
+            return Err(Error::Config(format!(
+                "embeddings of width {d} for a language model of width {width}"
+            )));
+        }
+        if reach > max_len {
+            return Err(Error::Config(format!(
+                "{reach} positions; this language model knows {max_len}"
+            )));
+        }
         let mut x = x.clone();
         for (i, block) in self.blocks.iter().enumerate() {
             let cache = cache.as_mut().map(|caches| &mut caches.0[i]);
-            x = block.forward(&x, &self.config, &positions, bias.as_ref(), cache)?;
+            x = block.forward(&x, &self.config, positions, bias, cache)?;
         }
-        Ok(rms_norm(&x, &self.norm, self.config.norm_eps)?)
+        Ok(rms_norm(&x, &self.norm, norm_eps)?)
     }
 
     /// Hidden states `(…, d)` to logits `(…, v)`. At a vocabulary of 49 152 a position costs

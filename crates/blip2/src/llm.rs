@@ -12,6 +12,7 @@ use candle_core::{Device, Tensor};
 
 use crate::generate::StepModel;
 use crate::llama::{Gguf, KvCaches, Llama, LlamaConfig};
+use crate::nn::mask::Branch;
 use crate::tokenizer::{SpecialIds, Tokenizer};
 use crate::{Error, Result, params};
 
@@ -119,6 +120,25 @@ impl Llm {
         match self {
             Self::Llama(llama) => llama.forward_embeds(x, mask, cache),
         }
+    }
+
+    /// [`Self::hidden`] of rows in which several texts share a beginning, see [`Llama::forward_branches`].
+    ///
+    /// # Errors
+    /// Shapes that don't fit, or more positions than the model knows.
+    pub fn hidden_branches(&self, x: &Tensor, branches: &[Vec<Branch>]) -> Result<Tensor> {
+        match self {
+            Self::Llama(llama) => llama.forward_branches(x, branches),
+        }
+    }
+
+    /// Root mean square of the embeddings' elements: how large a soft word should be to look like a word.
+    ///
+    /// # Errors
+    /// Only if a tensor operation fails.
+    pub fn embedding_rms(&self) -> Result<f64> {
+        let Self::Llama(llama) = self;
+        llama.embedding_rms()
     }
 
     /// Hidden states `(…, d)` to logits `(…, v)`. Select the positions that matter first.

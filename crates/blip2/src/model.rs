@@ -16,6 +16,7 @@ use crate::assets::{self, Check, Progress};
 use crate::generate::{self, Hypothesis};
 use crate::image::{self, Normalize, Rgb};
 use crate::llm::{Llm, LlmDecoder};
+use crate::nn;
 use crate::params::{self, Params};
 use crate::stage1::{self, Stage1, Stage1Config};
 use crate::stage2::{Stage2, Stage2Config};
@@ -193,7 +194,12 @@ impl Model {
             PartFile::Mini => assets::mini_vit(Check::Quick, progress)?,
             PartFile::File(name) => self.files.describe(name),
         };
-        let tensors = self.vision_tensors(progress)?;
+        let mut tensors = self.vision_tensors(progress)?;
+        if let Some(positions) = tensors.get_mut("pos_embed") {
+            let side = part.config.image_size / part.config.patch_size.max(1);
+            *positions = nn::fit_positions(positions, side)
+                .map_err(|err| Error::file(&origin, err.to_string()))?;
+        }
         let vit = Params::build(tensors, format, &origin.to_string_lossy(), |p| {
             Vit::new(p, &part.config)
         })?;

@@ -6,7 +6,7 @@ use crate::{Error, Result};
 
 /// Which rows of the hidden states predict a token, and which token: padding and prompt are left out before the
 /// vocabulary product, not after it.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Targets {
     rows: Vec<u32>,
     tokens: Vec<u32>,
@@ -17,18 +17,23 @@ impl Targets {
     /// the hidden state at t − 1, so the first label of a row is never used.
     #[must_use]
     pub fn shifted(labels: &[Vec<Option<u32>>]) -> Self {
-        let mut targets = Self { rows: Vec::new(), tokens: Vec::new() };
+        let mut targets = Self::default();
         let mut start = 0;
         for row in labels {
             for (t, label) in row.iter().enumerate().skip(1) {
                 if let Some(token) = label {
-                    targets.rows.push((start + t - 1) as u32);
-                    targets.tokens.push(*token);
+                    targets.push(start + t - 1, *token);
                 }
             }
             start += row.len();
         }
         targets
+    }
+
+    /// One more token, to be predicted from row `row` of the hidden states, all texts' rows counted through.
+    pub fn push(&mut self, row: usize, token: u32) {
+        self.rows.push(row as u32);
+        self.tokens.push(token);
     }
 
     /// The predicting rows of `hidden` (b, t, w): (m, w), m = number of targets.

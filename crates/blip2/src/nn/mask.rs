@@ -98,6 +98,50 @@ pub fn positions(visible: &[Vec<bool>], t: usize) -> Vec<u32> {
     positions
 }
 
+/// What a position of a row belongs to, where several texts go on from one stem.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Branch {
+    /// The beginning that all texts share.
+    Stem,
+    /// The text of this number.
+    Text(usize),
+    /// Nothing.
+    Padding,
+}
+
+/// Causal, for texts that share a stem and don't see each other: each position sees the stem, and its own text, up to
+/// itself. b rows of t → bias (b, 1, t, t), and the position of each column, row after row: texts count on from the stem.
+///
+/// ```text
+///        stem  1   2
+/// stem [ 1 0 │ 0 │ 0 0 ]     positions 0 1 │ 2 │ 2 3
+///      [ 1 1 │ 0 │ 0 0 ]
+/// 1    [ 1 1 │ 1 │ 0 0 ]
+/// 2    [ 1 1 │ 0 │ 1 0 ]
+///      [ 1 1 │ 0 │ 1 1 ]
+/// ```
+///
+/// # Errors
+/// If the rows differ in length.
+pub fn branching(rows: &[Vec<Branch>]) -> Result<(Tensor, Vec<u32>)> {
+    let t = rows.first().map_or(0, Vec::len);
+    if let Some(row) = rows.iter().find(|row| row.len() != t) {
+        return Err(Error::Config(format!("rows of {t} and of {} positions", row.len())));
+    }
+    let mut bias = Vec::with_capacity(rows.len() * t * t);
+    let mut positions = Vec::with_capacity(rows.len() * t);
+    for row in rows {
+        for (i, own) in row.iter().enumerate() {
+            let sees = |j: usize| {
+                j <= i && row[j] != Branch::Padding && (row[j] == Branch::Stem || row[j] == *own)
+            };
+            positions.push((0..i).filter(|&j| sees(j)).count() as u32);
+            bias.extend((0..t).map(|j| if sees(j) { 0.0 } else { HIDDEN }));
+        }
+    }
+    Ok((Tensor::from_vec(bias, (rows.len(), 1, t, t), &Device::Cpu)?, positions))
+}
+
 fn rows(mask: &Tensor) -> Result<Vec<Vec<u8>>> {
     mask.to_dtype(DType::U8).and_then(|mask| mask.to_vec2::<u8>()).map_err(|_| {
         Error::Config(format!(

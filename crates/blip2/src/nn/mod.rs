@@ -6,9 +6,11 @@ mod linear;
 pub mod mask;
 mod mlp;
 mod norm;
+mod positions;
 
 pub use attention::Attention;
 pub use kv_cache::KvCache;
 pub use linear::Linear;
 pub use mlp::{Activation, Mlp};
 pub use norm::{LayerNorm, RmsNorm};
+pub use positions::fit_positions;

@@ -1,0 +1,219 @@
+"""A training step of mini, both stages, here and in PyTorch: the same weights, batch and threads, in one run.
+
+    cargo build --release -p blip2-train --example bench_step
+    python benches/train_step.py [--threads 2] [--steps 4] [--rounds 2]
+
+needs torch, numpy and safetensors (golden/requirements.txt). The two programs take turns; what counts is the median of
+each. Before that both losses, without dropout, must agree.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+HEADS, DEPTH, QUERIES, DEC = 12, 6, 16, 30522
+LLM_HEADS, LLM_KV_HEADS, LLM_DEPTH, ROPE_BASE = 9, 3, 30, 100000.0
+
+
+class Weights:
+    """Parameters by name below a prefix; `trained` says which get gradients."""
+
+    def __init__(self, tensors, prefix, trained):
+        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix) and ".batch." not in n}
+        self.all = {n: t.clone().requires_grad_(trained(n)) for n, t in own.items()}
+
+    def linear(self, x, name):
+        return F.linear(x, self.all[name + ".weight"], self.all.get(name + ".bias"))
+
+    def norm(self, x, name, eps=1e-12):
+        return F.layer_norm(x, x.shape[-1:], self.all[name + ".weight"], self.all[name + ".bias"], eps)
+
+    def trained(self):
+        return [t for t in self.all.values() if t.requires_grad]
+
+
+class QFormer:
+    def __init__(self, weights, dropout):
+        self.w, self.p = weights, dropout
+
+    def drop(self, x):
+        return F.dropout(x, self.p) if self.p else x
+
+    def heads(self, x):
+        b, t, width = x.shape
+        return x.view(b, t, HEADS, width // HEADS).transpose(1, 2)
+
+    def attend(self, x, k, v, name, mask):
+        q = self.heads(self.w.linear(x, name + ".q"))
+        y = F.scaled_dot_product_attention(q, self.heads(k), self.heads(v), mask, dropout_p=self.p)
+        b, h, t, d = y.shape
+        y = self.drop(self.w.linear(y.transpose(1, 2).reshape(b, t, h * d), name + ".out"))
+        return self.w.norm(x + y, name + "_norm")
+
+    def feed_forward(self, x, name):
+        y = self.w.linear(F.gelu(self.w.linear(x, name + ".fc1")), name + ".fc2")
+        return self.w.norm(x + self.drop(y), name + ".norm")
+
+    def picture(self, patches):
+        names = [f"qformer.layers.{i}.cross_attn" for i in range(0, DEPTH, 2)]
+        return {n: (self.w.linear(patches, n + ".k"), self.w.linear(patches, n + ".v")) for n in names}
+
+    def enter(self, x):
+        return self.drop(self.w.norm(x, "qformer.embed_norm"))
+
+    def embed(self, ids):
+        positions = self.w.all["qformer.position_embeddings.weight"][: ids.shape[1]]
+        return F.embedding(ids, self.w.all["qformer.word_embeddings.weight"]) + positions
+
+    def run(self, x, picture=None, queries=0, cache=None, keep=None, mask=None):
+        """x holds `queries` queries, then text; `cache` are keys and values before it, `keep` collects them."""
+        for i in range(DEPTH):
+            layer = f"qformer.layers.{i}."
+            k, v = (self.w.linear(x, f"{layer}self_attn.{part}") for part in "kv")
+            if keep is not None:
+                keep.append((k, v))
+            if cache is not None:
+                k, v = (torch.cat(pair, 1) for pair in zip(cache[i], (k, v)))
+            x = self.attend(x, k, v, layer + "self_attn", mask)
+            parts = []
+            if queries:
+                q = x[:, :queries]
+                if layer + "cross_attn" in picture:
+                    q = self.attend(q, *picture[layer + "cross_attn"], layer + "cross_attn", None)
+                parts.append(self.feed_forward(q, layer + "ffn_query"))
+            if x.shape[1] > queries and not (queries and i + 1 == DEPTH):
+                parts.append(self.feed_forward(x[:, queries:], layer + "ffn_text"))
+            x = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+        return x
+
+
+def stage1_loss(weights, patches, ids, dropout):
+    former, w = QFormer(weights, dropout), weights
+    b, t = ids.shape
+    picture = former.picture(w.norm(patches, "ln_vision", 1e-5))
+    tokens = w.all["query_tokens"].expand(b, -1, -1)
+    keep = []
+    queries = former.run(former.enter(tokens), picture, QUERIES, keep=keep)
+    text = former.run(former.enter(former.embed(ids)))
+    image = F.normalize(w.linear(queries, "vision_proj"), dim=-1)
+    text = F.normalize(w.linear(text[:, 0], "text_proj"), dim=-1)
+    sim = torch.einsum("aqe,be->abq", image, text).max(-1).values / w.all["temp"]
+    own = torch.arange(b)
+    itc = (F.cross_entropy(sim, own, label_smoothing=0.1) + F.cross_entropy(sim.T, own, label_smoothing=0.1)) / 2
+
+    other = (own + 1) % b
+    pictures, texts = torch.cat([own, other, own]), torch.cat([own, own, other])
+    joined = torch.cat([w.all["query_tokens"].expand(3 * b, -1, -1), former.embed(ids[texts])], 1)
+    rows = {n: (k[pictures], v[pictures]) for n, (k, v) in picture.items()}
+    out = former.run(former.enter(joined), rows, QUERIES)
+    itm = F.cross_entropy(w.linear(out, "itm_head").mean(1), (torch.arange(3 * b) < b).long())
+
+    start = ids.clone()
+    start[:, 0] = DEC
+    causal = torch.cat([torch.ones(t, QUERIES), torch.ones(t, t).tril()], 1).bool()
+    hidden = former.run(former.enter(former.embed(start)), cache=keep, mask=causal)[:, :-1]
+    hidden = w.norm(F.gelu(w.linear(hidden, "qformer.lm_head.dense")), "qformer.lm_head.norm")
+    logits = F.linear(hidden, w.all["qformer.word_embeddings.weight"], w.all["qformer.lm_head.bias"])
+    itg = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), label_smoothing=0.1)
+    return itc + itm + itg
+
+
+def rms_norm(x, weight):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * weight
+
+
+def rotate(x, cos, sin):
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+def llama(w, x):
+    b, t, width = x.shape
+    d = width // LLM_HEADS
+    angles = torch.outer(torch.arange(t).float(), ROPE_BASE ** (-torch.arange(0, d, 2) / d))
+    cos, sin = (torch.cat([f(angles)] * 2, -1) for f in (torch.cos, torch.sin))
+    for i in range(LLM_DEPTH):
+        layer = f"model.layers.{i}."
+        y = rms_norm(x, w.all[layer + "input_layernorm.weight"])
+        q, k, v = (w.linear(y, f"{layer}self_attn.{n}_proj").view(b, t, -1, d).transpose(1, 2) for n in "qkv")
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        k, v = (z.repeat_interleave(LLM_HEADS // LLM_KV_HEADS, 1) for z in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, t, width)
+        x = x + w.linear(y, layer + "self_attn.o_proj")
+        y = rms_norm(x, w.all[layer + "post_attention_layernorm.weight"])
+        y = F.silu(w.linear(y, layer + "mlp.gate_proj")) * w.linear(y, layer + "mlp.up_proj")
+        x = x + w.linear(y, layer + "mlp.down_proj")
+    return rms_norm(x, w.all["model.norm.weight"])
+
+
+def stage2_loss(weights, patches, ids, dropout):
+    former, w = QFormer(weights, dropout), weights
+    picture = former.picture(w.norm(patches, "ln_vision", 1e-5))
+    queries = former.run(former.enter(w.all["query_tokens"].expand(len(ids), -1, -1)), picture, QUERIES)
+    words = w.all["model.embed_tokens.weight"]
+    x = torch.cat([w.linear(queries, "llm_proj"), F.embedding(ids, words)], 1)
+    hidden = llama(w, x)[:, QUERIES - 1 : -1]
+    return F.cross_entropy(F.linear(hidden, words).flatten(0, 1), ids.flatten())
+
+
+def take_steps(weights, loss, batch, steps):
+    """Loss without dropout, and seconds of whole steps with it."""
+    with torch.no_grad():
+        value = loss(weights, *batch, 0.0).item()
+    params = weights.trained()
+    adamw = torch.optim.AdamW(params, lr=1e-5, betas=(0.9, 0.98), weight_decay=0.05)
+    seconds = []
+    for step in range(steps + 1):
+        begin = time.perf_counter()
+        adamw.zero_grad()
+        loss(weights, *batch, 0.1).backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        adamw.step()
+        if step:
+            seconds.append(time.perf_counter() - begin)
+    return {"loss": value, "seconds": seconds}
+
+
+def pytorch(path, steps):
+    tensors, results = load_file(path), {}
+    for stage, loss in [("stage1", stage1_loss), ("stage2", stage2_loss)]:
+        weights = Weights(tensors, stage + ".", lambda name: not name.startswith("model."))
+        batch = [tensors[f"{stage}.batch.{name}"] for name in ("patches", "ids")]
+        results[stage] = take_steps(weights, loss, (batch[0], batch[1].long()), steps)
+    return results
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--program", default="target/release/examples/bench_step")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    ours, theirs = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "step.safetensors")
+        for _ in range(args.rounds):
+            env = {**os.environ, "RAYON_NUM_THREADS": str(args.threads)}
+            out = subprocess.run([args.program, path, str(args.steps)], env=env, check=True, capture_output=True)
+            ours.append(json.loads(out.stdout))
+            theirs.append(pytorch(path, args.steps))
+    print(f"torch {torch.__version__}, {args.threads} threads, {args.rounds} rounds of {args.steps} steps")
+    for stage in ("stage1", "stage2"):
+        a, b = ours[0][stage]["loss"], theirs[0][stage]["loss"]
+        assert abs(a - b) < 1e-3 * abs(b), f"{stage}: losses differ: {a} here, {b} in PyTorch"
+        here, there = (statistics.median(s for r in rs for s in r[stage]["seconds"]) for rs in (ours, theirs))
+        print(f"{stage}: loss {a:.5f} and {b:.5f}; {here:.3f} s here, {there:.3f} s in PyTorch: {here / there:.2f} of its time")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+//! How long a training step of mini takes, stage 1 and stage 2, on synthetic pictures and texts of its real shapes.
+//!
+//! ```sh
+//! cargo run --release -p blip2-train --example bench_step -- /tmp/step.safetensors [STEPS]
+//! ```
+//!
+//! Writes weights and batch to the file, so that `benches/train_step.py`, which calls this, takes the very same step in
+//! PyTorch. Prints one JSON object: for each stage the loss without dropout, and the seconds of each step with dropout,
+//! optimiser included.
+
+#[global_allocator]
+static GLOBAL: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::Instant;
+
+use blip2::llama::{Llama, LlamaConfig};
+use blip2::llm::Llm;
+use blip2::params::ParamStore;
+use blip2::qformer::QFormerConfig;
+use blip2::stage1::{Stage1, Stage1Config};
+use blip2::stage2::{Stage2, Stage2Config};
+use blip2_ops::{Communicator, Dropout, SingleProcess, WeightFormat};
+use blip2_train::init;
+use blip2_train::optim::{AdamW, AdamWConfig, Gradients, clip_factor};
+use blip2_train::rng::Rng;
+use blip2_train::steps::{
+    LlmText, Negatives, Stage1Batch, StepContext, Texts, stage1_with, stage2,
+};
+use candle_core::{DType, Device, Tensor};
+use serde_json::json;
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+/// Pictures of a batch, tokens per picture, word pieces per text.
+const STAGE1: (usize, usize, usize) = (64, 145, 12);
+/// The same for stage 2; its texts are token ids of the language model.
+const STAGE2: (usize, usize, usize) = (32, 145, 16);
+
+fn main() -> Result<()> {
+    let mut args = std::env::args().skip(1);
+    let path = args.next().ok_or("give the file for weights and batch")?;
+    let steps = args.next().map_or(Ok(4), |n| n.parse())?;
+    let mut dump = HashMap::new();
+    let first = bench_stage1(steps, &mut dump)?;
+    let second = bench_stage2(steps, &mut dump)?;
+    candle_core::safetensors::save(&dump, path)?;
+    println!("{}", json!({"stage1": first, "stage2": second}));
+    Ok(())
+}
+
+fn config() -> Stage1Config {
+    let qformer = QFormerConfig {
+        width: 384,
+        depth: 6,
+        mlp_width: 1536,
+        num_queries: 16,
+        ..QFormerConfig::base(384)
+    };
+    Stage1Config { qformer, embed_dim: 256, ln_vision_eps: 1e-5 }
+}
+
+fn normal(shape: &[usize], seed: u64, scale: f64) -> Result<Tensor> {
+    let mut rng = Rng::new(seed, &[]);
+    let values: Vec<f32> =
+        (0..shape.iter().product()).map(|_| (rng.normal() * scale) as f32).collect();
+    Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+}
+
+fn ids(rows: usize, columns: usize, below: usize, seed: u64) -> Result<Tensor> {
+    let mut rng = Rng::new(seed, &[]);
+    let ids: Vec<u32> = (0..rows * columns).map(|_| rng.below(below) as u32).collect();
+    Ok(Tensor::from_vec(ids, (rows, columns), &Device::Cpu)?)
+}
+
+/// Times whole steps: forward, backward, clipping, AdamW.
+fn time(
+    params: &ParamStore,
+    steps: u64,
+    mut loss: impl FnMut(&Dropout) -> Result<Tensor>,
+) -> Result<serde_json::Value> {
+    let value = loss(&Dropout::off())?.to_scalar::<f32>()?;
+    let config = AdamWConfig { betas: [0.9, 0.98], eps: 1e-8, weight_decay: 0.05 };
+    let (mut adamw, mut gradients) = (AdamW::new(params, config), Gradients::new(params)?);
+    let mut seconds = Vec::new();
+    for step in 0..=steps {
+        let begin = Instant::now();
+        gradients.clear();
+        let loss = loss(&Dropout::new(step))?;
+        gradients.add(params, &loss.backward()?, 1.0)?;
+        let scale = clip_factor(gradients.norm()?, 1.0);
+        adamw.step(params, &gradients, 1e-5, scale)?;
+        // The first step is for warming up.
+        if step > 0 {
+            seconds.push(begin.elapsed().as_secs_f64());
+        }
+    }
+    Ok(json!({"loss": value, "seconds": seconds}))
+}
+
+fn bench_stage1(steps: u64, dump: &mut HashMap<String, Tensor>) -> Result<serde_json::Value> {
+    let (b, p, t) = STAGE1;
+    let config = config();
+    let params = ParamStore::new(init::stage1(&config, BTreeMap::new(), 1)?)?;
+    let model = params.build(|p| Stage1::new(p, &config))?;
+    let patches = normal(&[b, p, config.qformer.encoder_width], 2, 1.0)?;
+    let ids = ids(b, t, 30_000, 3)?;
+    let texts = Texts { tokens: Tensor::ones((b, t), DType::U8, &Device::Cpu)?, ids: ids.clone() };
+    for (name, tensor) in params.to_tensors() {
+        dump.insert(format!("stage1.{name}"), tensor);
+    }
+    dump.insert("stage1.batch.patches".into(), patches.clone());
+    dump.insert("stage1.batch.ids".into(), ids);
+    let ranks: Arc<dyn Communicator> = Arc::new(SingleProcess);
+    time(&params, steps, |dropout| {
+        let batch = Stage1Batch { patches: &patches, texts: &texts, image_ids: None };
+        let mut context =
+            StepContext { dropout, smoothing: 0.1, rng: Rng::new(4, &[]), ranks: &ranks };
+        // Every pair's wrong partner is the next one, so that both programs judge the same pairs.
+        let next: Vec<u32> = (0..b).map(|i| ((i + 1) % b) as u32).collect();
+        let negatives = Negatives { images: next.clone(), texts: next };
+        let losses = stage1_with(&model, &batch, &mut context, |_, _, _, _| Ok(negatives))?;
+        Ok(losses.total)
+    })
+}
+
+fn bench_stage2(steps: u64, dump: &mut HashMap<String, Tensor>) -> Result<serde_json::Value> {
+    let (b, p, t) = STAGE2;
+    let config = config();
+    let (llm, weights) = language_model()?;
+    let stage1 = init::stage1(&config, BTreeMap::new(), 1)?;
+    let params = ParamStore::new(init::stage2(&stage1, llm.width(), Some(0.1), 5)?)?;
+    let config = Stage2Config {
+        qformer: config.qformer,
+        llm_width: llm.width(),
+        ln_vision_eps: config.ln_vision_eps,
+    };
+    let model = params.build(|p| Stage2::new(p, &config))?;
+    let patches = normal(&[b, p, config.qformer.encoder_width], 6, 1.0)?;
+    let ids = ids(b, t, llm.vocab_size(), 7)?;
+    let texts: Vec<Vec<LlmText>> =
+        ids.to_vec2::<u32>()?.into_iter().map(|ids| vec![LlmText { ids, prompt_len: 0 }]).collect();
+    for (name, tensor) in params.to_tensors().into_iter().chain(weights) {
+        dump.insert(format!("stage2.{name}"), tensor);
+    }
+    dump.insert("stage2.batch.patches".into(), patches.clone());
+    dump.insert("stage2.batch.ids".into(), ids);
+    time(&params, steps, |dropout| Ok(stage2(&model, &llm, &patches, &texts, dropout)?))
+}
+
+/// A language model of SmolLM2-135M's shape with random weights, and those weights.
+fn language_model() -> Result<(Llm, BTreeMap<String, Tensor>)> {
+    let json = json!({
+        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+        "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 100000.0,
+        "hidden_act": "silu", "tie_word_embeddings": true, "bos_token_id": 1, "eos_token_id": 2,
+    });
+    let config = LlamaConfig::from_hf(&json.to_string())?;
+    let mut tensors = BTreeMap::new();
+    let mut add = |name: String, shape: &[usize]| -> Result<()> {
+        let tensor = match shape {
+            [width] => Tensor::ones(*width, DType::F32, &Device::Cpu)?,
+            _ => normal(shape, tensors.len() as u64, 0.02)?,
+        };
+        tensors.insert(name, tensor);
+        Ok(())
+    };
+    let (w, f, kv) = (config.width, config.ffn_width, config.num_kv_heads * config.head_width);
+    add("model.embed_tokens.weight".into(), &[config.vocab_size, w])?;
+    add("model.norm.weight".into(), &[w])?;
+    for i in 0..config.depth {
+        for (part, shape) in [
+            ("input_layernorm", &[w][..]),
+            ("post_attention_layernorm", &[w]),
+            ("self_attn.q_proj", &[w, w]),
+            ("self_attn.k_proj", &[kv, w]),
+            ("self_attn.v_proj", &[kv, w]),
+            ("self_attn.o_proj", &[w, w]),
+            ("mlp.gate_proj", &[f, w]),
+            ("mlp.up_proj", &[f, w]),
+            ("mlp.down_proj", &[w, f]),
+        ] {
+            add(format!("model.layers.{i}.{part}.weight"), shape)?;
+        }
+    }
+    Ok((Llm::Llama(Llama::from_hf(config, &tensors, WeightFormat::F32)?), tensors))
+}
