@@ -19,10 +19,11 @@ pub(crate) fn run(global: &Global, args: &EvalArgs) -> anyhow::Result<Outcome> {
     let subject = Subject {
         name: &description.manifest.name,
         hash: description.hash()?,
+        vision_key: blip2_train::parts::vision_key(&description)?,
         captioner: &captioner,
         matcher: matcher.as_ref(),
     };
-    let mut bar = Progress::default();
+    let mut bar = Progress::pictures();
     let report = evaluate(&subject, &file, &mut |what, done, total| bar.update(what, done, total))?;
     drop(bar);
 

@@ -33,7 +33,7 @@ pub(crate) fn run(global: &Global, args: &InspectArgs) -> anyhow::Result<Outcome
 }
 
 fn parts(model: &Model) -> anyhow::Result<Vec<Part>> {
-    let mut bar = Progress::default();
+    let mut bar = Progress::bytes();
     let mut progress = |name: &str, done, total| bar.update(name, done, total);
     let mut parts = vec![Part::new("vision", &model.vision_tensors(&mut progress)?)];
     if model.manifest.llm.is_some() {

@@ -24,14 +24,14 @@ pub(crate) fn open(name: &str) -> anyhow::Result<Model> {
 
 /// Loads what captions and answers.
 pub(crate) fn captioner(global: &Global) -> anyhow::Result<Captioner> {
-    let mut bar = Progress::default();
+    let mut bar = Progress::bytes();
     let model = open(&global.model)?;
     Ok(model.captioner(global.weights, &mut |name, done, total| bar.update(name, done, total))?)
 }
 
 /// Loads what matches and embeds.
 pub(crate) fn matcher(global: &Global) -> anyhow::Result<Matcher> {
-    let mut bar = Progress::default();
+    let mut bar = Progress::bytes();
     let model = open(&global.model)?;
     Ok(model.matcher(global.weights, &mut |name, done, total| bar.update(name, done, total))?)
 }

@@ -7,7 +7,7 @@ use crate::cli::PullArgs;
 use crate::progress::Progress;
 
 pub(crate) fn run(args: &PullArgs) -> anyhow::Result<Outcome> {
-    let mut bar = Progress::default();
+    let mut bar = Progress::bytes();
     let mut progress = |name: &str, done, total| bar.update(name, done, total);
     let files = match args.name.as_str() {
         "mini" => {

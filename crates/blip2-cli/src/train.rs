@@ -24,7 +24,7 @@ pub(crate) fn run(args: &TrainArgs) -> anyhow::Result<Outcome> {
     let stop = stop_on_signal()?;
     build_data(&recipe.data.dir, recipe.data.build)?;
     let dir = run_dir(&recipe, args.out.as_ref());
-    let (mut downloads, mut pictures) = (Progress::default(), Progress::default());
+    let (mut downloads, mut pictures) = (Progress::bytes(), Progress::pictures());
     let mut session = Session {
         dir: &dir,
         resume: if args.resume { Resume::Yes } else { Resume::No },
