@@ -25,7 +25,8 @@ const MIB: u64 = 1 << 20;
 /// `params`: the two are one layer.
 const LIBRARY_ORDER: &[(&str, &[&str])] = &[
     ("error", &[]),
-    ("params", &["error", "nn"]),
+    ("stored", &["error"]),
+    ("params", &["error", "nn", "stored"]),
     ("nn", &["error", "params"]),
     ("onnx", &["error"]),
     ("vit_onnx", &["error", "onnx"]),
@@ -35,15 +36,20 @@ const LIBRARY_ORDER: &[(&str, &[&str])] = &[
     ("tokenizer", &["error"]),
     ("vit", &["error", "nn", "params"]),
     ("qformer", &["error", "nn", "params"]),
-    ("llama", &["error", "nn", "params"]),
+    ("llama", &["error", "nn", "params", "stored"]),
+    ("opt", &["error", "nn", "params"]),
     ("generate", &["error"]),
-    ("llm", &["error", "params", "tokenizer", "llama", "generate"]),
+    (
+        "llm",
+        &["error", "nn", "stored", "params", "checkpoint", "tokenizer", "llama", "opt", "generate"],
+    ),
     ("stage1", &["error", "nn", "params", "qformer"]),
     ("stage2", &["error", "nn", "params", "qformer"]),
     (
         "model",
         &[
             "error",
+            "nn",
             "params",
             "assets",
             "image",

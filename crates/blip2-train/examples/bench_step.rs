@@ -1,7 +1,7 @@
 //! How long a training step of mini takes, stage 1 and stage 2, on synthetic pictures and texts of its real shapes.
 //!
 //! ```sh
-//! cargo run --release -p blip2-train --example bench_step -- /tmp/step.safetensors [STEPS]
+//! cargo run --release -p blip2-train --example bench_step -- step.safetensors [STEPS]
 //! ```
 //!
 //! Writes weights and batch to the file, so that `benches/train_step.py`, which calls this, takes the very same step in

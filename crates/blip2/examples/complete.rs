@@ -17,7 +17,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     let clock = Instant::now();
     let (llm, tokenizer) = Llm::open(Path::new(model), None)?;
-    println!("opened {} MB in {:.2?}", llm.bytes() / 1_000_000, clock.elapsed());
+    println!("opened in {:.2?}", clock.elapsed());
 
     let padding = Padding { max_len: 512, side: Side::Left, width: Width::Longest };
     let batch = tokenizer.encode_batch(prompts, true, padding)?;

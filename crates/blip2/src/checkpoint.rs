@@ -59,6 +59,91 @@ const LAVIS: &[Row] = &[
     ("Qformer.cls.predictions.decoder.bias", ""),
 ];
 
+/// The image encoder of a Hugging Face BLIP-2, behind `vision_model.`; its fused `qkv` is taken apart before.
+const HF_VISION: &[Row] = &[
+    ("embeddings.class_embedding", "cls_token"),
+    ("embeddings.position_embedding", "pos_embed"),
+    ("embeddings.patch_embedding", "patch_embed"),
+    ("encoder.layers.{}.layer_norm1", "blocks.{}.norm1"),
+    ("encoder.layers.{}.layer_norm2", "blocks.{}.norm2"),
+    ("encoder.layers.{}.self_attn.q", "blocks.{}.attn.q"),
+    ("encoder.layers.{}.self_attn.k", "blocks.{}.attn.k"),
+    ("encoder.layers.{}.self_attn.v", "blocks.{}.attn.v"),
+    ("encoder.layers.{}.self_attn.projection", "blocks.{}.attn.out"),
+    ("encoder.layers.{}.mlp.fc1", "blocks.{}.mlp.fc1"),
+    ("encoder.layers.{}.mlp.fc2", "blocks.{}.mlp.fc2"),
+];
+
+/// Its Q-Former, behind `qformer.`.
+const HF_QFORMER: &[Row] = &[
+    ("layernorm", "qformer.embed_norm"),
+    ("encoder.layer.{}.attention.attention.query", "qformer.layers.{}.self_attn.q"),
+    ("encoder.layer.{}.attention.attention.key", "qformer.layers.{}.self_attn.k"),
+    ("encoder.layer.{}.attention.attention.value", "qformer.layers.{}.self_attn.v"),
+    ("encoder.layer.{}.attention.output.dense", "qformer.layers.{}.self_attn.out"),
+    ("encoder.layer.{}.attention.output.LayerNorm", "qformer.layers.{}.self_attn_norm"),
+    ("encoder.layer.{}.crossattention.attention.query", "qformer.layers.{}.cross_attn.q"),
+    ("encoder.layer.{}.crossattention.attention.key", "qformer.layers.{}.cross_attn.k"),
+    ("encoder.layer.{}.crossattention.attention.value", "qformer.layers.{}.cross_attn.v"),
+    ("encoder.layer.{}.crossattention.output.dense", "qformer.layers.{}.cross_attn.out"),
+    ("encoder.layer.{}.crossattention.output.LayerNorm", "qformer.layers.{}.cross_attn_norm"),
+    ("encoder.layer.{}.intermediate_query.dense", "qformer.layers.{}.ffn_query.fc1"),
+    ("encoder.layer.{}.output_query.dense", "qformer.layers.{}.ffn_query.fc2"),
+    ("encoder.layer.{}.output_query.LayerNorm", "qformer.layers.{}.ffn_query.norm"),
+];
+
+/// The rest of what stage 2 trains.
+const HF_STAGE2: &[Row] = &[
+    ("query_tokens", "query_tokens"),
+    ("vision_model.post_layernorm", "ln_vision"),
+    ("language_projection", "llm_proj"),
+];
+
+/// An OPT, as transformers names it (with or without a leading `model.`).
+const HF_OPT: &[Row] = &[
+    ("decoder.embed_tokens", "embed_tokens"),
+    ("decoder.embed_positions", "embed_positions"),
+    ("decoder.project_in", "project_in"),
+    ("decoder.project_out", "project_out"),
+    ("decoder.layers.{}.self_attn.q_proj", "blocks.{}.attn.q"),
+    ("decoder.layers.{}.self_attn.k_proj", "blocks.{}.attn.k"),
+    ("decoder.layers.{}.self_attn.v_proj", "blocks.{}.attn.v"),
+    ("decoder.layers.{}.self_attn.out_proj", "blocks.{}.attn.out"),
+    ("decoder.layers.{}.self_attn_layer_norm", "blocks.{}.attn_norm"),
+    ("decoder.layers.{}.fc1", "blocks.{}.mlp.fc1"),
+    ("decoder.layers.{}.fc2", "blocks.{}.mlp.fc2"),
+    ("decoder.layers.{}.final_layer_norm", "blocks.{}.mlp_norm"),
+    ("decoder.final_layer_norm", "final_norm"),
+    ("lm_head", "lm_head"),
+];
+
+/// Renames the image encoder of a Hugging Face BLIP-2; names lack their leading `vision_model.`.
+///
+/// # Errors
+/// If a tensor is none of the encoder's.
+pub fn from_hf_vision<T>(tensors: BTreeMap<String, T>) -> Result<BTreeMap<String, T>> {
+    rename(tensors, |name| look_up(HF_VISION, name))
+}
+
+/// Renames what stage 2 trains in a Hugging Face BLIP-2.
+///
+/// # Errors
+/// If a tensor is none of the bridge's.
+pub fn from_hf_stage2<T>(tensors: BTreeMap<String, T>) -> Result<BTreeMap<String, T>> {
+    rename(tensors, |name| match name.strip_prefix("qformer.") {
+        Some(rest) => look_up(HF_QFORMER, rest),
+        None => look_up(HF_STAGE2, name),
+    })
+}
+
+/// Renames the tensors of an OPT.
+///
+/// # Errors
+/// If a tensor is none of OPT's.
+pub fn from_hf_opt<T>(tensors: BTreeMap<String, T>) -> Result<BTreeMap<String, T>> {
+    rename(tensors, |name| look_up(HF_OPT, name.strip_prefix("model.").unwrap_or(name)))
+}
+
 /// Renames a BERT encoder's tensors; pooler and pre-training heads are left out.
 ///
 /// # Errors
@@ -84,10 +169,10 @@ pub fn from_lavis(tensors: BTreeMap<String, Tensor>) -> Result<BTreeMap<String, 
     })
 }
 
-fn rename(
-    tensors: BTreeMap<String, Tensor>,
+fn rename<T>(
+    tensors: BTreeMap<String, T>,
     new_name: impl Fn(&str) -> Option<String>,
-) -> Result<BTreeMap<String, Tensor>> {
+) -> Result<BTreeMap<String, T>> {
     let mut renamed = BTreeMap::new();
     let mut unknown = Vec::new();
     for (name, tensor) in tensors {

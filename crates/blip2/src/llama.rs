@@ -20,12 +20,13 @@ use blip2_ops::{
     silu_gate,
 };
 use candle_core::quantized::gguf_file::{Content, Value};
-use candle_core::{D, DType, Device, Storage, Tensor};
+use candle_core::{DType, Device, Storage, Tensor};
 use rayon::prelude::*;
 use serde::Deserialize;
 
-use crate::nn::KvCache;
-use crate::nn::mask::{self, Branch};
+use crate::nn::mask::Layout;
+use crate::nn::{KvCache, KvCaches};
+use crate::stored::Stored;
 use crate::{Error, Result};
 
 /// Shape and constants of a LLaMA-like model.
@@ -86,33 +87,6 @@ struct Block {
     down: FrozenWeight,
 }
 
-/// Keys and values of every block for the positions seen so far; owned by the caller.
-#[derive(Clone)]
-pub struct KvCaches(Vec<KvCache>);
-
-impl KvCaches {
-    /// Number of positions held.
-    pub fn len(&self) -> usize {
-        self.0.first().map_or(0, KvCache::len)
-    }
-
-    /// Whether no position has been seen yet.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Makes row `i` a copy of the present row `rows[i]`; see [`crate::generate::StepModel`].
-    ///
-    /// # Errors
-    /// A row that isn't there.
-    pub fn reorder(&mut self, rows: &[u32]) -> Result<()> {
-        for cache in &mut self.0 {
-            cache.reorder(rows)?;
-        }
-        Ok(())
-    }
-}
-
 impl Llama {
     /// Reads the model of a GGUF file. Without a `format` the matrices stay as they are stored.
     ///
@@ -137,9 +111,9 @@ impl Llama {
     ///
     /// # Errors
     /// A configuration out of range, or a tensor that is missing, unexpected, mis-shaped or not finite.
-    pub fn from_hf(
+    pub fn from_hf<T: Clone + Into<Stored>>(
         config: LlamaConfig,
-        tensors: &BTreeMap<String, Tensor>,
+        tensors: &BTreeMap<String, T>,
         format: WeightFormat,
     ) -> Result<Self> {
         let left = tensors.keys().cloned().collect();
@@ -199,109 +173,33 @@ impl Llama {
             + self.blocks.iter().flat_map(block).sum::<usize>()
     }
 
-    /// An empty cache for [`Self::forward_embeds`].
+    /// An empty cache for [`Self::forward`].
     pub fn new_cache(&self) -> KvCaches {
-        KvCaches(self.blocks.iter().map(|_| KvCache::default()).collect())
+        KvCaches::new(self.blocks.len())
     }
 
-    /// Token ids `(b, t)` u32 to embeddings `(b, t, d)`. No gradient: the table is frozen.
-    ///
-    /// # Errors
-    /// An id outside the vocabulary.
-    pub fn embed(&self, ids: &Tensor) -> Result<Tensor> {
-        let (b, t) = ids.dims2()?;
-        let flat: Vec<u32> = ids.flatten_all()?.to_vec1()?;
-        let vocab = self.config.vocab_size;
-        if let Some(id) = flat.iter().find(|id| **id as usize >= vocab) {
-            return Err(Error::Config(format!(
-                "token id {id} is outside the vocabulary of {vocab}"
-            )));
-        }
-        Ok(self.embeddings.rows(&flat)?.reshape((b, t, self.config.width))?)
+    /// The table of word embeddings.
+    pub fn words(&self) -> &FrozenWeight {
+        &self.embeddings
     }
 
-    /// Root mean square of the elements of all token embeddings.
+    /// Embeddings `(b, t, d)` to hidden states `(b, t, d)` after the last norm; `layout` says where they stand and what they
+    /// see. What comes out at padding means nothing. With a `cache`, the new keys and values are appended to it.
     ///
     /// # Errors
-    /// Only if a tensor operation fails.
-    pub fn embedding_rms(&self) -> Result<f64> {
-        let squares =
-            self.embeddings.dequantize()?.sqr()?.mean(1)?.mean_all()?.to_scalar::<f32>()?;
-        Ok(f64::from(squares).sqrt())
-    }
-
-    /// Embeddings `(b, t, d)` to hidden states `(b, t, d)` after the last norm.
-    ///
-    /// `visible` has a row of `s` per row of `x`: whether each position, cached ones first, holds
-    /// something. Positions count from 0 over what is visible, so padding may stand on either
-    /// side or in between; what comes out at padding itself means nothing. With a `cache`, the new
-    /// keys and values are appended to it.
-    ///
-    /// # Errors
-    /// Shapes that don't fit, or more positions than the model knows.
-    pub fn forward_embeds(
+    /// Another width than the model's, or more positions than it knows.
+    pub fn forward(
         &self,
         x: &Tensor,
-        visible: &[Vec<bool>],
-        cache: Option<&mut KvCaches>,
-    ) -> Result<Tensor> {
-        let (b, t, _) = x.dims3()?;
-        let s = cache.as_ref().map_or(0, |cache| cache.len()) + t;
-        if visible.len() != b || visible.iter().any(|row| row.len() != s) {
-            return Err(Error::Config(format!(
-                "a mask of {} rows of {} for {b} rows of {s} positions",
-                visible.len(),
-                visible.first().map_or(0, Vec::len)
-            )));
-        }
-        let positions = mask::positions(visible, t);
-        self.run(x, &positions, mask::causal(visible, t)?.as_ref(), s, cache)
-    }
-
-    /// The same without a cache, for rows in which several texts go on from one stem: `branches` has a row of `t` per row
-    /// of `x`. Each text's hidden states are those of a row of its own; what comes out at padding means nothing.
-    ///
-    /// # Errors
-    /// Shapes that don't fit, or more positions than the model knows.
-    pub fn forward_branches(&self, x: &Tensor, branches: &[Vec<Branch>]) -> Result<Tensor> {
-        let (b, t, _) = x.dims3()?;
-        if branches.len() != b || branches.iter().any(|row| row.len() != t) {
-            return Err(Error::Config(format!(
-                "branches of {} rows of {} for {b} rows of {t} positions",
-                branches.len(),
-                branches.first().map_or(0, Vec::len)
-            )));
-        }
-        let (bias, positions) = mask::branching(branches)?;
-        let longest = positions.iter().max().map_or(0, |last| *last as usize + 1);
-        self.run(x, &positions, Some(&bias), longest, None)
-    }
-
-    /// All blocks and the last norm; `reach` positions are in use, cached ones included.
-    fn run(
-        &self,
-        x: &Tensor,
-        positions: &[u32],
-        bias: Option<&Tensor>,
-        reach: usize,
+        layout: &Layout,
         mut cache: Option<&mut KvCaches>,
     ) -> Result<Tensor> {
         let LlamaConfig { width, max_len, norm_eps, .. } = self.config;
-        let d = x.dim(D::Minus1)?;
-        if d != width {
-            return Err(Error::Config(format!(
-                "embeddings of width {d} for a language model of width {width}"
-            )));
-        }
-        if reach > max_len {
-            return Err(Error::Config(format!(
-                "{reach} positions; this language model knows {max_len}"
-            )));
-        }
+        layout.check(x, width, max_len)?;
         let mut x = x.clone();
         for (i, block) in self.blocks.iter().enumerate() {
-            let cache = cache.as_mut().map(|caches| &mut caches.0[i]);
-            x = block.forward(&x, &self.config, positions, bias, cache)?;
+            let cache = cache.as_mut().map(|caches| caches.layer(i));
+            x = block.forward(&x, &self.config, layout, cache)?;
         }
         Ok(rms_norm(&x, &self.norm, norm_eps)?)
     }
@@ -321,13 +219,13 @@ impl Block {
         &self,
         x: &Tensor,
         config: &LlamaConfig,
-        positions: &[u32],
-        bias: Option<&Tensor>,
+        layout: &Layout,
         cache: Option<&mut KvCache>,
     ) -> Result<Tensor> {
         let LlamaConfig { num_heads, num_kv_heads, head_width, norm_eps, .. } = *config;
-        let rotate =
-            |x: &Tensor, heads| rope(x, positions, heads, config.rope_base, config.rope_style);
+        let rotate = |x: &Tensor, heads| {
+            rope(x, &layout.positions, heads, config.rope_base, config.rope_style)
+        };
         let y = rms_norm(x, &self.attn_norm, norm_eps)?;
         let q = rotate(&frozen_linear(&y, &self.q, None)?, num_heads)?; // (b, t, h·e)
         let k = rotate(&frozen_linear(&y, &self.k, None)?, num_kv_heads)?; // (b, t, g·e)
@@ -338,7 +236,7 @@ impl Block {
         };
         let scale = 1.0 / (head_width as f32).sqrt();
         let heads = Heads { heads: num_heads, kv_heads: num_kv_heads, scale };
-        let y = attention(&q, &k, &v, bias, heads, None)?;
+        let y = attention(&q, &k, &v, layout.bias.as_ref(), heads, None)?;
         let x = (x + frozen_linear(&y, &self.out, None)?)?;
 
         let y = rms_norm(&x, &self.ffn_norm, norm_eps)?;
@@ -607,27 +505,28 @@ impl Weights for GgufWeights<'_> {
     }
 }
 
-struct HfWeights<'a> {
-    tensors: &'a BTreeMap<String, Tensor>,
+struct HfWeights<'a, T> {
+    tensors: &'a BTreeMap<String, T>,
     format: WeightFormat,
     left: BTreeSet<String>,
 }
 
-impl HfWeights<'_> {
+impl<T: Clone + Into<Stored>> HfWeights<'_, T> {
     fn read(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let name = hf_name(name);
         let Some(tensor) = self.tensors.get(&name) else {
             return Err(Error::Weights(format!("no tensor {name}")));
         };
-        check_shape(&name, tensor.dims(), shape)?;
-        let values = tensor.to_dtype(DType::F32)?;
+        let stored: Stored = tensor.clone().into();
+        check_shape(&name, &stored.dims(), shape)?;
+        let values = stored.load()?.to_dtype(DType::F32)?;
         check_finite(&name, &values)?;
         self.left.remove(&name);
         Ok(values)
     }
 }
 
-impl Weights for HfWeights<'_> {
+impl<T: Clone + Into<Stored>> Weights for HfWeights<'_, T> {
     fn matrix(&mut self, name: &str, rows: usize, columns: usize) -> Result<FrozenWeight> {
         Ok(FrozenWeight::new(&self.read(name, &[rows, columns])?, self.format)?)
     }

@@ -5,52 +5,108 @@
 //! that read the prompt with an encoder of their own fit as well: only [`LlmDecoder`] knows whether
 //! the prompt fills a decoder's cache or an encoder.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
-use blip2_ops::WeightFormat;
+use blip2_ops::{FrozenWeight, WeightFormat};
 use candle_core::{Device, Tensor};
+use serde::Deserialize as _;
 
 use crate::generate::StepModel;
-use crate::llama::{Gguf, KvCaches, Llama, LlamaConfig};
-use crate::nn::mask::Branch;
+use crate::llama::{Gguf, Llama, LlamaConfig};
+use crate::nn::KvCaches;
+use crate::nn::mask::{Branch, Layout};
+use crate::opt::{Opt, OptConfig};
+use crate::params::Params;
+use crate::stored::{self, Stored};
 use crate::tokenizer::{SpecialIds, Tokenizer};
-use crate::{Error, Result, params};
+use crate::{Error, Result, checkpoint};
 
 /// A frozen language model.
-#[derive(Clone)]
 pub enum Llm {
     /// LLaMA family: SmolLM2, Vicuna, …
     Llama(Llama),
+    /// OPT.
+    Opt(Opt),
 }
 
 impl Llm {
     /// Opens a language model by what `path` is: a GGUF file, which carries its tokenizer, or a folder
-    /// in Hugging Face layout (`config.json`, `model.safetensors`, `tokenizer.json`). Without a
+    /// in Hugging Face layout (`config.json`, weights in one or several safetensors files, `tokenizer.json`). Without a
     /// `format` the matrices of a GGUF file stay as stored, those of a folder are kept in f32.
     ///
     /// # Errors
-    /// A file that is missing, broken, or of a family not known here; see [`Llama::from_gguf`],
-    /// [`Llama::from_hf`] and [`Tokenizer`].
+    /// A file that is missing, broken, or of a family not known here; see [`Llama::from_gguf`], [`Self::from_hf`] and
+    /// [`Tokenizer`].
     pub fn open(path: &Path, format: Option<WeightFormat>) -> Result<(Self, Tokenizer)> {
-        let (llama, tokenizer) = if path.is_dir() {
+        let (llm, tokenizer) = if path.is_dir() {
             open_folder(path, format.unwrap_or(WeightFormat::F32))?
         } else {
             let gguf = Gguf::open(path)?;
             let tokenizer = Tokenizer::from_gguf(gguf.metadata())
                 .map_err(|e| Error::file(path, e.to_string()))?;
-            (Llama::from_gguf(&gguf, format)?, tokenizer)
+            (Self::Llama(Llama::from_gguf(&gguf, format)?), tokenizer)
         };
-        let (ids, rows) = (tokenizer.vocab_size(), llama.config().vocab_size);
-        if ids > rows {
-            return Err(Error::file(path, format!("{ids} token ids but {rows} embeddings")));
-        }
-        Ok((Self::Llama(llama), tokenizer))
+        llm.check_tokenizer(&tokenizer, path)?;
+        Ok((llm, tokenizer))
     }
 
-    /// Width of a token's embedding, `d`.
+    /// Builds the model that a Hugging Face `config.json` (of the language model alone) describes from tensors under
+    /// transformers' names; `origin` is named in errors.
+    ///
+    /// # Errors
+    /// A family not known here, a configuration out of range, or tensors that don't fit.
+    pub fn from_hf(
+        config: &serde_json::Value,
+        tensors: BTreeMap<String, Stored>,
+        format: WeightFormat,
+        origin: &Path,
+    ) -> Result<Self> {
+        let wrong = |e: Error| Error::file(origin, e.to_string());
+        match config["model_type"].as_str() {
+            Some("llama") => {
+                let shape = LlamaConfig::from_hf(&config.to_string()).map_err(wrong)?;
+                Ok(Self::Llama(Llama::from_hf(shape, &tensors, format).map_err(wrong)?))
+            }
+            Some("opt") => {
+                let shape = OptConfig::deserialize(config)
+                    .map_err(|e| wrong(Error::Config(e.to_string())))?;
+                let tensors = checkpoint::from_hf_opt(tensors).map_err(wrong)?;
+                let opt = Params::build(tensors, format, &origin.to_string_lossy(), |p| {
+                    Opt::new(p, &shape)
+                })?;
+                Ok(Self::Opt(opt))
+            }
+            other => Err(wrong(Error::Config(format!(
+                "a language model of the family {other:?}; known are llama and opt"
+            )))),
+        }
+    }
+
+    /// Refuses a tokenizer that has ids without an embedding.
+    ///
+    /// # Errors
+    /// If it has.
+    pub fn check_tokenizer(&self, tokenizer: &Tokenizer, origin: &Path) -> Result<()> {
+        let (ids, rows) = (tokenizer.vocab_size(), self.words().shape().0);
+        if ids > rows {
+            return Err(Error::file(origin, format!("{ids} token ids but {rows} embeddings")));
+        }
+        Ok(())
+    }
+
+    fn words(&self) -> &FrozenWeight {
+        match self {
+            Self::Llama(llama) => llama.words(),
+            Self::Opt(opt) => opt.words(),
+        }
+    }
+
+    /// Width of a token as the blocks see it, `d`.
     pub fn width(&self) -> usize {
         match self {
             Self::Llama(llama) => llama.config().width,
+            Self::Opt(opt) => opt.config().hidden_size,
         }
     }
 
@@ -58,6 +114,7 @@ impl Llm {
     pub fn vocab_size(&self) -> usize {
         match self {
             Self::Llama(llama) => llama.config().vocab_size,
+            Self::Opt(opt) => opt.num_logits(),
         }
     }
 
@@ -65,6 +122,7 @@ impl Llm {
     pub fn max_len(&self) -> usize {
         match self {
             Self::Llama(llama) => llama.config().max_len,
+            Self::Opt(opt) => opt.config().max_position_embeddings,
         }
     }
 
@@ -72,6 +130,7 @@ impl Llm {
     pub fn bos(&self) -> Option<u32> {
         match self {
             Self::Llama(llama) => llama.config().bos,
+            Self::Opt(opt) => Some(opt.config().bos_token_id),
         }
     }
 
@@ -79,13 +138,7 @@ impl Llm {
     pub fn eos(&self) -> u32 {
         match self {
             Self::Llama(llama) => llama.config().eos,
-        }
-    }
-
-    /// Bytes held by the matrices.
-    pub fn bytes(&self) -> usize {
-        match self {
-            Self::Llama(llama) => llama.bytes(),
+            Self::Opt(opt) => opt.config().eos_token_id,
         }
     }
 
@@ -93,6 +146,7 @@ impl Llm {
     pub fn new_cache(&self) -> KvCaches {
         match self {
             Self::Llama(llama) => llama.new_cache(),
+            Self::Opt(opt) => opt.new_cache(),
         }
     }
 
@@ -101,44 +155,60 @@ impl Llm {
     /// # Errors
     /// An id outside the vocabulary.
     pub fn embed(&self, ids: &Tensor) -> Result<Tensor> {
+        let (b, t) = ids.dims2()?;
+        let flat: Vec<u32> = ids.flatten_all()?.to_vec1()?;
+        let (vocab, width) = self.words().shape();
+        if let Some(id) = flat.iter().find(|id| **id as usize >= vocab) {
+            return Err(Error::Config(format!(
+                "token id {id} is outside the vocabulary of {vocab}"
+            )));
+        }
+        let words = self.words().rows(&flat)?.reshape((b, t, width))?;
         match self {
-            Self::Llama(llama) => llama.embed(ids),
+            Self::Llama(_) => Ok(words),
+            Self::Opt(opt) => opt.widen(words),
         }
     }
 
-    /// Embeddings `(b, t, d)` to hidden states `(b, t, d)`, see [`Llama::forward_embeds`]. The
-    /// gradient flows to `x`.
+    /// Root mean square of the word embeddings' elements: how large a soft word should be to look like a word.
+    ///
+    /// # Errors
+    /// Only if a tensor operation fails.
+    pub fn embedding_rms(&self) -> Result<f64> {
+        let squares = self.words().dequantize()?.sqr()?.mean(1)?.mean_all()?;
+        Ok(f64::from(squares.to_scalar::<f32>()?).sqrt())
+    }
+
+    /// Embeddings `(b, t, d)` to hidden states `(b, t, d)` after the last norm. The gradient flows to `x`.
+    ///
+    /// `visible` has a row of `s` per row of `x`: whether each position, cached ones first, holds something; see
+    /// [`Layout::causal`]. What comes out at padding means nothing.
     ///
     /// # Errors
     /// Shapes that don't fit, or more positions than the model knows.
     pub fn hidden(
         &self,
         x: &Tensor,
-        mask: &[Vec<bool>],
+        visible: &[Vec<bool>],
         cache: Option<&mut KvCaches>,
     ) -> Result<Tensor> {
-        match self {
-            Self::Llama(llama) => llama.forward_embeds(x, mask, cache),
-        }
+        let cached = cache.as_ref().map_or(0, |cache| cache.len());
+        self.run(x, &Layout::causal(x, visible, cached)?, cache)
     }
 
-    /// [`Self::hidden`] of rows in which several texts share a beginning, see [`Llama::forward_branches`].
+    /// [`Self::hidden`] of rows in which several texts go on from one stem, see [`Layout::branching`].
     ///
     /// # Errors
     /// Shapes that don't fit, or more positions than the model knows.
     pub fn hidden_branches(&self, x: &Tensor, branches: &[Vec<Branch>]) -> Result<Tensor> {
-        match self {
-            Self::Llama(llama) => llama.forward_branches(x, branches),
-        }
+        self.run(x, &Layout::branching(x, branches)?, None)
     }
 
-    /// Root mean square of the embeddings' elements: how large a soft word should be to look like a word.
-    ///
-    /// # Errors
-    /// Only if a tensor operation fails.
-    pub fn embedding_rms(&self) -> Result<f64> {
-        let Self::Llama(llama) = self;
-        llama.embedding_rms()
+    fn run(&self, x: &Tensor, layout: &Layout, cache: Option<&mut KvCaches>) -> Result<Tensor> {
+        match self {
+            Self::Llama(llama) => llama.forward(x, layout, cache),
+            Self::Opt(opt) => opt.forward(x, layout, cache),
+        }
     }
 
     /// Hidden states `(…, d)` to logits `(…, v)`. Select the positions that matter first.
@@ -148,23 +218,23 @@ impl Llm {
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         match self {
             Self::Llama(llama) => llama.logits(hidden),
+            Self::Opt(opt) => opt.logits(hidden),
         }
     }
 }
 
-/// A LLaMA in Hugging Face layout.
-fn open_folder(folder: &Path, format: WeightFormat) -> Result<(Llama, Tokenizer)> {
-    let [config, json, weights] =
-        ["config.json", "tokenizer.json", "model.safetensors"].map(|name| folder.join(name));
-    let text = std::fs::read_to_string(&config).map_err(Error::io(&config))?;
-    let shape = LlamaConfig::from_hf(&text).map_err(|e| Error::file(&config, e.to_string()))?;
+/// A language model in Hugging Face layout.
+fn open_folder(folder: &Path, format: WeightFormat) -> Result<(Llm, Tokenizer)> {
+    let [config, json] = ["config.json", "tokenizer.json"].map(|name| folder.join(name));
+    let text = std::fs::read(&config).map_err(Error::io(&config))?;
+    let value: serde_json::Value =
+        serde_json::from_slice(&text).map_err(|e| Error::file(&config, e.to_string()))?;
+    let llm = Llm::from_hf(&value, stored::open_folder(folder)?, format, folder)?;
     let bytes = std::fs::read(&json).map_err(Error::io(&json))?;
-    let special = SpecialIds { bos: shape.bos, eos: shape.eos, pad: shape.eos };
+    let special = SpecialIds { bos: llm.bos(), eos: llm.eos(), pad: llm.eos() };
     let tokenizer =
         Tokenizer::from_json(&bytes, special).map_err(|e| Error::file(&json, e.to_string()))?;
-    let llama = Llama::from_hf(shape, &params::read_file(&weights)?, format)
-        .map_err(|e| Error::file(&weights, e.to_string()))?;
-    Ok((llama, tokenizer))
+    Ok((llm, tokenizer))
 }
 
 /// Decodes what follows a prompt of embeddings. The prompt is computed once per row; beams and

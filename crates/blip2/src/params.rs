@@ -16,6 +16,7 @@ use candle_core::quantized::gguf_file;
 use candle_core::{DType, Device, Tensor, Var};
 
 use crate::nn::{LayerNorm, Linear};
+use crate::stored::Stored;
 use crate::{Error, Result};
 
 /// How many problems an error message lists before it only counts them.
@@ -99,8 +100,11 @@ impl ParamStore {
     /// # Errors
     /// If the model asks for a tensor that the store has not, or leaves one unused.
     pub fn build<T>(&self, make: impl FnOnce(&Params) -> Result<T>) -> Result<T> {
-        let tensors =
-            self.vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect();
+        let tensors = self
+            .vars
+            .iter()
+            .map(|(name, var)| (name.clone(), var.as_tensor().clone().into()))
+            .collect();
         Params::root(tensors, Kind::Trained, "trained weights").build_with(make)
     }
 }
@@ -113,7 +117,7 @@ enum Kind {
 
 #[derive(Debug)]
 struct Source {
-    tensors: BTreeMap<String, Tensor>,
+    tensors: BTreeMap<String, Stored>,
     kind: Kind,
     origin: String,
     taken: Mutex<BTreeSet<String>>,
@@ -128,7 +132,7 @@ pub struct Params {
 }
 
 impl Params {
-    fn root(tensors: BTreeMap<String, Tensor>, kind: Kind, origin: &str) -> Self {
+    fn root(tensors: BTreeMap<String, Stored>, kind: Kind, origin: &str) -> Self {
         let source = Source {
             tensors,
             kind,
@@ -139,16 +143,18 @@ impl Params {
         Self { source: Arc::new(source), prefix: String::new() }
     }
 
-    /// Builds a frozen model from `tensors`; `origin` (a file, say) is named in errors.
+    /// Builds a frozen model from `tensors`, in memory or still in their files, which are read one after the other;
+    /// `origin` (a file, say) is named in errors.
     ///
     /// # Errors
     /// With the list of missing, unexpected, mis-shaped and non-finite tensors, if there is any.
-    pub fn build<T>(
-        tensors: BTreeMap<String, Tensor>,
+    pub fn build<S: Into<Stored>, T>(
+        tensors: BTreeMap<String, S>,
         format: WeightFormat,
         origin: &str,
         make: impl FnOnce(&Params) -> Result<T>,
     ) -> Result<T> {
+        let tensors = tensors.into_iter().map(|(name, tensor)| (name, tensor.into())).collect();
         Self::root(tensors, Kind::Frozen(format), origin).build_with(make)
     }
 
@@ -200,15 +206,16 @@ impl Params {
         let path = self.path(name);
         let problem = match self.source.tensors.get(&path) {
             None => format!("missing {path} {shape:?}"),
-            Some(tensor) => {
+            Some(stored) => {
                 lock(&self.source.taken).insert(path.clone());
-                if tensor.dims() != shape {
-                    format!("{path} has shape {:?}, expected {shape:?}", tensor.dims())
+                let dims = stored.dims();
+                if dims != shape {
+                    format!("{path} has shape {dims:?}, expected {shape:?}")
                 } else if matches!(self.source.kind, Kind::Trained) {
                     // Converting would cut the tie to the variable; the store already holds f32.
-                    return Ok(tensor.clone());
+                    return stored.load();
                 } else {
-                    let tensor = tensor.to_dtype(DType::F32)?.contiguous()?;
+                    let tensor = stored.load()?.to_dtype(DType::F32)?.contiguous()?;
                     if is_finite(&tensor)? {
                         return Ok(tensor);
                     }
@@ -231,6 +238,25 @@ impl Params {
             Kind::Trained => Ok(Linear::trained(weight, bias)),
             Kind::Frozen(format) => Ok(Linear::frozen(FrozenWeight::new(&weight, format)?, bias)),
         }
+    }
+
+    /// The frozen matrix called `name` (rows, columns): a table of embeddings, say. In training it is f32 and gets no
+    /// gradient either.
+    ///
+    /// # Errors
+    /// If it can't be stored in the wanted format.
+    pub fn matrix(&self, name: &str, rows: usize, columns: usize) -> Result<FrozenWeight> {
+        let format = match self.source.kind {
+            Kind::Trained => WeightFormat::F32,
+            Kind::Frozen(format) => format,
+        };
+        Ok(FrozenWeight::new(&self.tensor(name, &[rows, columns])?, format)?)
+    }
+
+    /// The shape of the tensor called `name`, if there is one.
+    #[must_use]
+    pub fn dims(&self, name: &str) -> Option<Vec<usize>> {
+        self.source.tensors.get(&self.path(name)).map(Stored::dims)
     }
 
     /// A layer normalisation over `width`.

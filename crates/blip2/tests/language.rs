@@ -16,6 +16,8 @@ use blip2::generate::{
 };
 use blip2::llama::{Gguf, Llama, LlamaConfig};
 use blip2::llm::{Llm, LlmDecoder};
+use blip2::nn::KvCaches;
+use blip2::nn::mask::Layout;
 use blip2::tokenizer::{MAX_CHARS, Padding, Side, SpecialIds, TextBatch, Tokenizer, Width};
 use blip2_ops::{RopeStyle, WeightFormat};
 use candle_core::quantized::gguf_file::Value;
@@ -147,17 +149,28 @@ fn tiny() -> Llama {
 
 // ---- LLaMA: laws ---------------------------------------------------------------------------------
 
+/// Hidden states of embeddings of which `visible` says what holds something, cached positions first.
+fn forward(
+    llama: &Llama,
+    x: &Tensor,
+    visible: &[Vec<bool>],
+    cache: Option<&mut KvCaches>,
+) -> blip2::Result<Tensor> {
+    let cached = cache.as_ref().map_or(0, |cache| cache.len());
+    llama.forward(x, &Layout::causal(x, visible, cached)?, cache)
+}
+
 #[test]
 fn cached_equals_uncached() {
     let llama = tiny();
     let x = random(5, 1.0, &[2, 7, 20]);
-    let whole = llama.forward_embeds(&x, &all_visible(2, 7), None).unwrap();
+    let whole = forward(&llama, &x, &all_visible(2, 7), None).unwrap();
     let mut cache = llama.new_cache();
     let mut parts = Vec::new();
     for (start, len) in [(0, 3), (3, 1), (4, 1), (5, 2)] {
         let visible = all_visible(2, start + len);
         let part = x.narrow(1, start, len).unwrap();
-        parts.push(llama.forward_embeds(&part, &visible, Some(&mut cache)).unwrap());
+        parts.push(forward(&llama, &part, &visible, Some(&mut cache)).unwrap());
     }
     assert_eq!(cache.len(), 7);
     assert_close(&Tensor::cat(&parts, 1).unwrap(), &whole, 1e-5);
@@ -167,7 +180,7 @@ fn cached_equals_uncached() {
 fn padding_changes_nothing_wherever_it_stands() {
     let llama = tiny();
     let x = random(6, 1.0, &[1, 5, 20]);
-    let bare = llama.forward_embeds(&x, &all_visible(1, 5), None).unwrap();
+    let bare = forward(&llama, &x, &all_visible(1, 5), None).unwrap();
     // Visible columns of a row of eight: on the left, on the right, with a hole (queries, pads, text).
     for places in [[3, 4, 5, 6, 7], [0, 1, 2, 3, 4], [0, 1, 5, 6, 7]] {
         let mut rows: Vec<Tensor> = (0..8).map(|i| random(90 + i, 1.0, &[1, 1, 20])).collect();
@@ -177,7 +190,7 @@ fn padding_changes_nothing_wherever_it_stands() {
             visible[place] = true;
         }
         let padded = Tensor::cat(&rows, 1).unwrap();
-        let hidden = llama.forward_embeds(&padded, &[visible], None).unwrap();
+        let hidden = forward(&llama, &padded, &[visible], None).unwrap();
         assert!(flat(&hidden).iter().all(|x| x.is_finite()));
         let places: Vec<u32> = places.into_iter().map(|p| p as u32).collect();
         let places = Tensor::new(places, &Device::Cpu).unwrap();
@@ -189,9 +202,9 @@ fn padding_changes_nothing_wherever_it_stands() {
 fn a_row_does_not_see_its_neighbours_or_its_future() {
     let llama = tiny();
     let x = random(7, 1.0, &[3, 6, 20]);
-    let all = llama.forward_embeds(&x, &all_visible(3, 6), None).unwrap();
+    let all = forward(&llama, &x, &all_visible(3, 6), None).unwrap();
     let one = x.narrow(0, 1, 1).unwrap().narrow(1, 0, 4).unwrap();
-    let one = llama.forward_embeds(&one, &all_visible(1, 4), None).unwrap();
+    let one = forward(&llama, &one, &all_visible(1, 4), None).unwrap();
     assert_close(&one, &all.narrow(0, 1, 1).unwrap().narrow(1, 0, 4).unwrap(), 1e-5);
 }
 
@@ -201,7 +214,7 @@ fn the_gradient_reaches_the_embeddings_and_is_right() {
     let visible = vec![vec![true; 5], vec![false, false, true, true, true]];
     let picked = random(9, 1.0, &[2, 5, 37]);
     let loss = |x: &Tensor| {
-        let logits = llama.logits(&llama.forward_embeds(x, &visible, None).unwrap()).unwrap();
+        let logits = llama.logits(&forward(&llama, x, &visible, None).unwrap()).unwrap();
         // Only what stands at visible places means anything.
         let logits = logits.narrow(1, 2, 3).unwrap();
         (logits * picked.narrow(1, 2, 3).unwrap()).unwrap().sum_all().unwrap()
@@ -242,7 +255,7 @@ fn a_gguf_file_is_the_same_model_as_the_tensors_it_was_made_of() {
 
     let x = random(10, 1.0, &[2, 6, 20]);
     let run = |llama: &Llama| {
-        let hidden = llama.forward_embeds(&x, &all_visible(2, 6), None).unwrap();
+        let hidden = forward(&llama, &x, &all_visible(2, 6), None).unwrap();
         llama.logits(&hidden).unwrap()
     };
     assert_close(&run(&ours), &run(&tiny()), 1e-5);
@@ -347,15 +360,15 @@ fn weights_that_do_not_fit_are_named() {
 fn wrong_input_is_an_error_not_a_panic() {
     let llama = tiny();
     let error = |r: blip2::Result<Tensor>| r.err().unwrap().to_string();
-    assert!(error(llama.embed(&ids(&[&[3, 37]]))).contains("37"));
     let x = random(1, 1.0, &[1, 3, 20]);
-    assert!(error(llama.forward_embeds(&x, &all_visible(1, 4), None)).contains("mask"));
-    assert!(error(llama.forward_embeds(&x, &all_visible(2, 3), None)).contains("mask"));
+    assert!(error(forward(&llama, &x, &all_visible(1, 4), None)).contains("mask"));
+    assert!(error(forward(&llama, &x, &all_visible(2, 3), None)).contains("mask"));
     let narrow = random(1, 1.0, &[1, 3, 19]);
-    assert!(error(llama.forward_embeds(&narrow, &all_visible(1, 3), None)).contains("19"));
+    assert!(error(forward(&llama, &narrow, &all_visible(1, 3), None)).contains("19"));
     let long = random(1, 1.0, &[1, 65, 20]);
-    assert!(error(llama.forward_embeds(&long, &all_visible(1, 65), None)).contains("65"));
+    assert!(error(forward(&llama, &long, &all_visible(1, 65), None)).contains("65"));
     let llm = Llm::Llama(llama);
+    assert!(error(llm.embed(&ids(&[&[3, 37]]))).contains("37"));
     assert!(LlmDecoder::new(&llm, x.clone(), vec![vec![false; 3]]).is_err());
     assert!(LlmDecoder::new(&llm, x, vec![vec![true; 2]]).is_err());
 }
@@ -717,15 +730,15 @@ fn golden_llama(name: &str) -> Llama {
 fn a_forward_pass_is_transformers() {
     let golden = golden_tensors("llama_tiny.safetensors");
     for name in ["small", "wide"] {
-        let llama = golden_llama(name);
+        let llm = Llm::Llama(golden_llama(name));
         let get = |part: &str| &golden[&format!("forward.{name}.{part}")];
         let ids = get("ids").to_dtype(DType::U32).unwrap();
         let (b, t) = ids.dims2().unwrap();
-        let x = llama.embed(&ids).unwrap();
+        let x = llm.embed(&ids).unwrap();
         assert_close(&x, get("hidden.0"), 1e-6);
-        let hidden = llama.forward_embeds(&x, &all_visible(b, t), None).unwrap();
+        let hidden = llm.hidden(&x, &all_visible(b, t), None).unwrap();
         assert_close(&hidden, get("hidden.2"), 1e-5);
-        assert_close(&llama.logits(&hidden).unwrap(), get("logits"), 1e-5);
+        assert_close(&llm.logits(&hidden).unwrap(), get("logits"), 1e-5);
     }
 }
 

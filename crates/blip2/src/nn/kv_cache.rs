@@ -51,3 +51,40 @@ impl KvCache {
         Ok(())
     }
 }
+
+/// Keys and values of every layer of a model for the positions seen so far; owned by the caller.
+#[derive(Debug, Clone)]
+pub struct KvCaches(Vec<KvCache>);
+
+impl KvCaches {
+    /// Nothing seen yet, for a model of `layers`.
+    #[must_use]
+    pub fn new(layers: usize) -> Self {
+        Self(vec![KvCache::default(); layers])
+    }
+
+    /// The cache of layer `index`, which the model has.
+    pub fn layer(&mut self, index: usize) -> &mut KvCache {
+        &mut self.0[index]
+    }
+
+    /// Number of positions held.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.first().map_or(0, KvCache::len)
+    }
+
+    /// Whether no position has been seen yet.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Makes row `i` a copy of the present row `rows[i]`; beams change places.
+    ///
+    /// # Errors
+    /// A row that isn't there.
+    pub fn reorder(&mut self, rows: &[u32]) -> Result<()> {
+        self.0.iter_mut().try_for_each(|cache| cache.reorder(rows))
+    }
+}

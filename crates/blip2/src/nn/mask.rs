@@ -11,7 +11,7 @@
 //!
 //! Unimodal needs no mask: queries and text are two passes that never meet. Padding hides columns in all three.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 
 use crate::{Error, Result};
 
@@ -59,15 +59,9 @@ pub fn multimodal_causal(mask: &Tensor, before: usize) -> Result<Tensor> {
 ///   1   [ 0 1 1 │ 1 1 ]
 /// ```
 ///
-/// # Errors
-/// If the rows differ in length or are shorter than `t`.
-pub fn causal(visible: &[Vec<bool>], t: usize) -> Result<Option<Tensor>> {
+/// The rows are equally long, and at least `t`.
+fn causal(visible: &[Vec<bool>], t: usize) -> Result<Option<Tensor>> {
     let s = visible.first().map_or(0, Vec::len);
-    if s < t || visible.iter().any(|row| row.len() != s) {
-        return Err(Error::Config(format!(
-            "a mask of {s} columns, not all equal, for {t} positions"
-        )));
-    }
     let padded = visible.iter().flatten().any(|seen| !seen);
     if t <= 1 && !padded {
         return Ok(None);
@@ -83,8 +77,7 @@ pub fn causal(visible: &[Vec<bool>], t: usize) -> Result<Option<Tensor>> {
 }
 
 /// The position of each of the last `t` columns, row after row: how many visible ones stand before it.
-#[must_use]
-pub fn positions(visible: &[Vec<bool>], t: usize) -> Vec<u32> {
+fn positions(visible: &[Vec<bool>], t: usize) -> Vec<u32> {
     let mut positions = Vec::with_capacity(visible.len() * t);
     for row in visible {
         let mut before = 0;
@@ -96,6 +89,77 @@ pub fn positions(visible: &[Vec<bool>], t: usize) -> Vec<u32> {
         }
     }
     positions
+}
+
+/// Where the new positions of a batch stand, and what each may see: all that a language model has to know of its rows
+/// besides their embeddings.
+#[derive(Debug, Clone)]
+pub struct Layout {
+    /// The position of each new column, row after row.
+    pub positions: Vec<u32>,
+    /// (b or 1, 1, t, s), or none if everything is seen.
+    pub bias: Option<Tensor>,
+    /// Positions in use, cached ones included.
+    pub reach: usize,
+}
+
+impl Layout {
+    /// New positions `x` (b, t, …) behind `cached` ones. `visible` has a row of cached + t per row of `x`: whether each
+    /// position holds something. Positions count from 0 over what is visible, so padding may stand on either side or
+    /// in between.
+    ///
+    /// # Errors
+    /// If `visible` has another shape.
+    pub fn causal(x: &Tensor, visible: &[Vec<bool>], cached: usize) -> Result<Self> {
+        let (b, t, _) = x.dims3()?;
+        let s = cached + t;
+        if visible.len() != b || visible.iter().any(|row| row.len() != s) {
+            return Err(Error::Config(format!(
+                "a mask of {} rows of {} for {b} rows of {s} positions",
+                visible.len(),
+                visible.first().map_or(0, Vec::len)
+            )));
+        }
+        Ok(Self { positions: positions(visible, t), bias: causal(visible, t)?, reach: s })
+    }
+
+    /// Rows `x` (b, t, …) in which several texts go on from one stem: each text is as if it stood alone.
+    ///
+    /// # Errors
+    /// If `branches` has another shape than `x`.
+    pub fn branching(x: &Tensor, branches: &[Vec<Branch>]) -> Result<Self> {
+        let (b, t, _) = x.dims3()?;
+        if branches.len() != b || branches.iter().any(|row| row.len() != t) {
+            return Err(Error::Config(format!(
+                "branches of {} rows of {} for {b} rows of {t} positions",
+                branches.len(),
+                branches.first().map_or(0, Vec::len)
+            )));
+        }
+        let (bias, positions) = branching(branches)?;
+        let reach = positions.iter().max().map_or(0, |last| *last as usize + 1);
+        Ok(Self { positions, bias: Some(bias), reach })
+    }
+
+    /// Whether embeddings `x` fit a model of this width that knows `max_len` positions.
+    ///
+    /// # Errors
+    /// If they don't; the message has the numbers.
+    pub fn check(&self, x: &Tensor, width: usize, max_len: usize) -> Result<()> {
+        let d = x.dim(D::Minus1)?;
+        if d != width {
+            return Err(Error::Config(format!(
+                "embeddings of width {d} for a language model of width {width}"
+            )));
+        }
+        if self.reach > max_len {
+            return Err(Error::Config(format!(
+                "{} positions; this language model knows {max_len}",
+                self.reach
+            )));
+        }
+        Ok(())
+    }
 }
 
 /// What a position of a row belongs to, where several texts go on from one stem.
@@ -121,13 +185,9 @@ pub enum Branch {
 ///      [ 1 1 │ 0 │ 1 1 ]
 /// ```
 ///
-/// # Errors
-/// If the rows differ in length.
-pub fn branching(rows: &[Vec<Branch>]) -> Result<(Tensor, Vec<u32>)> {
+/// The rows are equally long.
+fn branching(rows: &[Vec<Branch>]) -> Result<(Tensor, Vec<u32>)> {
     let t = rows.first().map_or(0, Vec::len);
-    if let Some(row) = rows.iter().find(|row| row.len() != t) {
-        return Err(Error::Config(format!("rows of {t} and of {} positions", row.len())));
-    }
     let mut bias = Vec::with_capacity(rows.len() * t * t);
     let mut positions = Vec::with_capacity(rows.len() * t);
     for row in rows {

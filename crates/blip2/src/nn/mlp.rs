@@ -15,6 +15,8 @@ pub enum Activation {
     Gelu,
     /// `x·σ(1.702·x)`, CLIP's approximation.
     QuickGelu,
+    /// `max(x, 0)`.
+    Relu,
 }
 
 impl Activation {
@@ -26,6 +28,7 @@ impl Activation {
         Ok(match self {
             Self::Gelu => blip2_ops::gelu(x)?,
             Self::QuickGelu => blip2_ops::quick_gelu(x)?,
+            Self::Relu => x.relu()?,
         })
     }
 }

@@ -9,7 +9,7 @@ mod norm;
 mod positions;
 
 pub use attention::Attention;
-pub use kv_cache::KvCache;
+pub use kv_cache::{KvCache, KvCaches};
 pub use linear::Linear;
 pub use mlp::{Activation, Mlp};
 pub use norm::{LayerNorm, RmsNorm};
