@@ -46,11 +46,17 @@ const LIBRARY_ORDER: &[(&str, &[&str])] = &[
     ("stage1", &["error", "nn", "params", "qformer"]),
     ("stage2", &["error", "nn", "params", "qformer"]),
     (
+        "hf",
+        &["error", "nn", "stored", "checkpoint", "image", "tokenizer", "vit", "qformer", "stage2"],
+    ),
+    (
         "model",
         &[
             "error",
             "nn",
+            "stored",
             "params",
+            "hf",
             "assets",
             "image",
             "tokenizer",
@@ -62,7 +68,7 @@ const LIBRARY_ORDER: &[(&str, &[&str])] = &[
         ],
     ),
     ("mini", &["error", "model"]),
-    ("pack", &["error", "params", "model"]),
+    ("pack", &["error", "params", "stored", "model"]),
 ];
 
 /// The same for those modules of `blip2-train` that must stay apart; the others need only be free of cycles.

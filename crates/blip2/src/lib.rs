@@ -10,6 +10,7 @@ pub mod assets;
 pub mod checkpoint;
 mod error;
 pub mod generate;
+pub mod hf;
 pub mod image;
 pub mod llama;
 pub mod llm;

@@ -2,10 +2,11 @@
 //!
 //! A model is a folder with a `model.json` (a [`Manifest`]) that says which parts there are, their shapes and the files they
 //! are in. The frozen parts may be *shared*: fetched once into the cache, the same for every bridge trained on them.
+//! A folder in Hugging Face layout is a model, too: its description is made from its configuration ([`crate::hf`]).
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use blip2_ops::{Dropout, WeightFormat};
 use candle_core::{Device, Tensor};
@@ -14,12 +15,14 @@ use sha2::{Digest as _, Sha256};
 
 use crate::assets::{self, Check, Progress};
 use crate::generate::{self, Hypothesis};
+use crate::hf::{self, Checkpoint};
 use crate::image::{self, Normalize, Rgb};
 use crate::llm::{Llm, LlmDecoder};
 use crate::nn;
 use crate::params::{self, Params};
 use crate::stage1::{self, Stage1, Stage1Config};
 use crate::stage2::{Stage2, Stage2Config};
+use crate::stored::Stored;
 use crate::tokenizer::{Padding, Side, TextBatch, Tokenizer, Width};
 use crate::vit::{Vit, VitConfig};
 use crate::{Error, Result};
@@ -99,6 +102,8 @@ pub enum PartFile {
     Mini,
     /// A file in the model's folder.
     File(String),
+    /// In the Hugging Face checkpoint that the description was made from.
+    Checkpoint,
 }
 
 /// Where a model's own files are.
@@ -108,6 +113,8 @@ pub enum Files {
     Folder(PathBuf),
     /// Inside this program: (name, bytes).
     Builtin(&'static [(&'static str, &'static [u8])]),
+    /// A folder in Hugging Face layout.
+    HuggingFace(Box<Checkpoint>),
 }
 
 impl Files {
@@ -117,8 +124,14 @@ impl Files {
     /// If it is not there or can't be read; the message names it.
     pub fn read(&self, name: &str) -> Result<Cow<'static, [u8]>> {
         match self {
-            Self::Folder(folder) => {
-                let path = folder.join(name);
+            Self::Folder(_) | Self::HuggingFace(_) => {
+                let path = self.describe(name);
+                // Names come out of files that somebody else may have written.
+                let inside =
+                    Path::new(name).components().all(|c| matches!(c, Component::Normal(_)));
+                if !inside || name.is_empty() {
+                    return Err(Error::file(&path, "is not a name inside the model's folder"));
+                }
                 Ok(std::fs::read(&path).map_err(Error::io(&path))?.into())
             }
             Self::Builtin(files) => files
@@ -134,6 +147,7 @@ impl Files {
     pub fn describe(&self, name: &str) -> PathBuf {
         match self {
             Self::Folder(folder) => folder.join(name),
+            Self::HuggingFace(checkpoint) => checkpoint.folder().join(name),
             Self::Builtin(_) => Path::new("(built in)").join(name),
         }
     }
@@ -148,6 +162,41 @@ pub struct Model {
 }
 
 impl Model {
+    /// Opens a folder with a `model.json`, or one in Hugging Face layout.
+    ///
+    /// # Errors
+    /// If it is neither, or a field of its description is missing, unknown or of the wrong kind.
+    pub fn open_folder(folder: &Path) -> Result<Self> {
+        if folder.join(MANIFEST).is_file() {
+            return Self::open(Files::Folder(folder.to_path_buf()));
+        }
+        if !hf::is_checkpoint(folder) {
+            let reason = format!("has neither a {MANIFEST} nor a {}", hf::CONFIG);
+            return Err(Error::file(folder, reason));
+        }
+        let checkpoint = Checkpoint::open(folder)?;
+        let (caption_prompt, question_prompt) = checkpoint.prompts();
+        let name =
+            folder.file_name().map_or_else(|| "blip-2".into(), std::ffi::OsStr::to_string_lossy);
+        let manifest = Manifest {
+            name: name.into_owned(),
+            vision: VisionPart {
+                config: checkpoint.vision_config(),
+                weights: PartFile::Checkpoint,
+                normalize: checkpoint.normalize(),
+            },
+            llm: Some(LlmPart { weights: PartFile::Checkpoint }),
+            stage1: None,
+            stage2: Some(Stage2Part {
+                config: checkpoint.stage2_config(),
+                weights: hf::CONFIG.into(),
+                caption_prompt: caption_prompt.into(),
+                question_prompt: question_prompt.into(),
+            }),
+        };
+        Ok(Self { manifest, files: Files::HuggingFace(Box::new(checkpoint)) })
+    }
+
     /// Reads the description.
     ///
     /// # Errors
@@ -193,12 +242,14 @@ impl Model {
         let origin = match &part.weights {
             PartFile::Mini => assets::mini_vit(Check::Quick, progress)?,
             PartFile::File(name) => self.files.describe(name),
+            PartFile::Checkpoint => self.files.describe(""),
         };
         let mut tensors = self.vision_tensors(progress)?;
         if let Some(positions) = tensors.get_mut("pos_embed") {
             let side = part.config.image_size / part.config.patch_size.max(1);
-            *positions = nn::fit_positions(positions, side)
-                .map_err(|err| Error::file(&origin, err.to_string()))?;
+            *positions = nn::fit_positions(&positions.load()?, side)
+                .map_err(|err| Error::file(&origin, err.to_string()))?
+                .into();
         }
         let vit = Params::build(tensors, format, &origin.to_string_lossy(), |p| {
             Vit::new(p, &part.config)
@@ -215,7 +266,15 @@ impl Model {
         format: Option<WeightFormat>,
         progress: Progress<'_>,
     ) -> Result<(Llm, Tokenizer)> {
-        Llm::open(&self.llm_path(progress)?, format)
+        let Files::HuggingFace(checkpoint) = &self.files else {
+            return Llm::open(&self.llm_path(progress)?, format);
+        };
+        let (folder, format) = (checkpoint.folder(), format.unwrap_or(WeightFormat::F32));
+        let llm =
+            Llm::from_hf(&checkpoint.text_config(), checkpoint.language_tensors(), format, folder)?;
+        let tokenizer = checkpoint.tokenizer()?;
+        llm.check_tokenizer(&tokenizer, folder)?;
+        Ok((llm, tokenizer))
     }
 
     /// Loads what captions and answers.
@@ -235,7 +294,11 @@ impl Model {
         let vision = self.vision(format.unwrap_or(WeightFormat::F32), &mut *progress)?;
         let (llm, tokenizer) = self.llm(format, progress)?;
         let bridge = self.build(&part.weights, format, |p| Stage2::new(p, &part.config))?;
-        Ok(Captioner { vision, bridge, llm, tokenizer, part })
+        let end_ids = match &self.files {
+            Files::HuggingFace(checkpoint) => checkpoint.end_ids(),
+            _ => vec![tokenizer.special().eos],
+        };
+        Ok(Captioner { vision, bridge, llm, tokenizer, part, end_ids })
     }
 
     /// Loads what matches and embeds.
@@ -258,11 +321,16 @@ impl Model {
     ///
     /// # Errors
     /// If its weights can't be found or are damaged.
-    pub fn vision_tensors(&self, progress: Progress<'_>) -> Result<BTreeMap<String, Tensor>> {
-        match &self.manifest.vision.weights {
-            PartFile::Mini => params::read_file(&assets::mini_vit(Check::Quick, progress)?),
-            PartFile::File(name) => self.weights(name),
-        }
+    pub fn vision_tensors(&self, progress: Progress<'_>) -> Result<BTreeMap<String, Stored>> {
+        let path = match (&self.manifest.vision.weights, &self.files) {
+            (PartFile::Checkpoint, Files::HuggingFace(checkpoint)) => {
+                return checkpoint.vision_tensors();
+            }
+            (PartFile::File(name), _) => return self.weights(name),
+            (PartFile::Mini, _) => assets::mini_vit(Check::Quick, progress)?,
+            (PartFile::Checkpoint, _) => return Err(self.lacks("checkpoint to read from")),
+        };
+        params::read_file(&path).map(in_memory)
     }
 
     /// The file of the language model.
@@ -274,15 +342,33 @@ impl Model {
         Ok(match &part.weights {
             PartFile::Mini => assets::mini_llm(Check::Quick, progress)?,
             PartFile::File(name) => self.files.describe(name),
+            PartFile::Checkpoint => self.files.describe(""),
         })
     }
 
-    /// The tensors of one of the model's own weight files.
+    /// The names and shapes of the language model's tensors, without reading them.
+    ///
+    /// # Errors
+    /// If there is none, or it can't be fetched or read.
+    pub fn language_shapes(&self, progress: Progress<'_>) -> Result<BTreeMap<String, Vec<usize>>> {
+        match &self.files {
+            Files::HuggingFace(checkpoint) => {
+                let tensors = checkpoint.language_tensors();
+                Ok(tensors.into_iter().map(|(name, tensor)| (name, tensor.dims())).collect())
+            }
+            _ => params::shapes(&self.llm_path(progress)?),
+        }
+    }
+
+    /// The tensors of one of the model's own weight files; of a Hugging Face checkpoint, those of the bridge.
     ///
     /// # Errors
     /// If the file is missing or damaged; the message names it.
-    pub fn weights(&self, name: &str) -> Result<BTreeMap<String, Tensor>> {
-        params::read_weights(&self.files.read(name)?, &self.files.describe(name))
+    pub fn weights(&self, name: &str) -> Result<BTreeMap<String, Stored>> {
+        match &self.files {
+            Files::HuggingFace(checkpoint) => checkpoint.stage2_tensors(),
+            files => params::read_weights(&files.read(name)?, &files.describe(name)).map(in_memory),
+        }
     }
 
     /// sha256, in hex, of the model's own weights and description: what was trained, not what it stands on.
@@ -315,6 +401,10 @@ impl Model {
     fn lacks(&self, what: &str) -> Error {
         Error::Config(format!("model {} has no {what}", self.manifest.name))
     }
+}
+
+fn in_memory(tensors: BTreeMap<String, Tensor>) -> BTreeMap<String, Stored> {
+    tensors.into_iter().map(|(name, tensor)| (name, tensor.into())).collect()
 }
 
 /// The image encoder with what prepares its pixels.
@@ -360,6 +450,8 @@ pub struct Captioner {
     llm: Llm,
     tokenizer: Tokenizer,
     part: Stage2Part,
+    /// Ids that end a text.
+    end_ids: Vec<u32>,
 }
 
 impl Captioner {
@@ -412,7 +504,7 @@ impl Captioner {
         let (embeds, mask) = join_left_padded(&soft, &ids, &self.llm)?;
         let mut options = options.clone();
         if options.eos.is_empty() {
-            options.eos = vec![self.tokenizer.special().eos];
+            options.eos = self.end_ids.clone();
         }
         let mut decoder = LlmDecoder::new(&self.llm, embeds, mask)?;
         generate::generate(&mut decoder, b, &options)
@@ -423,7 +515,9 @@ impl Captioner {
     /// # Errors
     /// If an id is no token.
     pub fn text(&self, hypothesis: &Hypothesis) -> Result<String> {
-        Ok(self.tokenizer.decode(&hypothesis.tokens, true)?.trim().to_owned())
+        // The reference strips with Python, to which the four ASCII separators are spaces, too.
+        let outer = |c: char| c.is_whitespace() || ('\x1c'..='\x1f').contains(&c);
+        Ok(self.tokenizer.decode(&hypothesis.tokens, true)?.trim_matches(outer).to_owned())
     }
 
     /// The image encoder, for callers that keep its output.

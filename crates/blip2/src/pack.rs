@@ -10,6 +10,7 @@ use candle_core::Tensor;
 use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
 
 use crate::model::{Files, MANIFEST, Manifest, Model};
+use crate::stored::Stored;
 use crate::{Error, Result};
 
 /// In how many bits a packed bridge is kept.
@@ -51,6 +52,10 @@ pub struct Packing {
 /// # Errors
 /// If a file can't be read or written.
 pub fn pack(model: &Model, packing: Packing, to: &Path) -> Result<u64> {
+    if let Files::HuggingFace(checkpoint) = model.files() {
+        let reason = "is in Hugging Face layout; so far only our own model folders can be packed";
+        return Err(Error::file(checkpoint.folder(), reason));
+    }
     std::fs::create_dir_all(to).map_err(Error::io(to))?;
     let mut manifest: Manifest = model.manifest.clone();
     let mut bytes = 0;
@@ -73,11 +78,14 @@ pub fn pack(model: &Model, packing: Packing, to: &Path) -> Result<u64> {
     Ok(bytes)
 }
 
-fn write(tensors: &BTreeMap<String, Tensor>, packing: Packing, path: &Path) -> Result<u64> {
+fn write(tensors: &BTreeMap<String, Stored>, packing: Packing, path: &Path) -> Result<u64> {
     let packed = tensors
         .iter()
-        .map(|(name, tensor)| {
-            Ok((name.as_str(), QTensor::quantize(tensor, dtype(name, tensor, packing))?))
+        .map(|(name, stored)| {
+            let tensor = stored.load()?;
+            // GGUF has no scalars; the reader turns the temperature back into one.
+            let tensor = if tensor.rank() == 0 { tensor.reshape(1)? } else { tensor };
+            Ok((name.as_str(), QTensor::quantize(&tensor, dtype(name, &tensor, packing))?))
         })
         .collect::<Result<Vec<_>>>()?;
     let list: Vec<(&str, &QTensor)> = packed.iter().map(|(name, tensor)| (*name, tensor)).collect();
@@ -106,7 +114,7 @@ fn copy(files: &Files, name: &str, to: &Path) -> Result<()> {
     atomically(&path, |file| file.write_all(&bytes))
 }
 
-/// A file that is there whole or not at all.
+/// A file that is there whole or not at all, and that everybody who may see the folder may read.
 fn atomically(
     path: &Path,
     fill: impl FnOnce(&mut std::fs::File) -> std::io::Result<()>,
@@ -115,6 +123,43 @@ fn atomically(
     let mut temporary = tempfile::NamedTempFile::new_in(folder).map_err(Error::io(folder))?;
     fill(temporary.as_file_mut()).map_err(Error::io(path))?;
     temporary.as_file().sync_all().map_err(Error::io(path))?;
+    make_readable(temporary.as_file()).map_err(Error::io(path))?;
     temporary.persist(path).map_err(|err| Error::io(path)(err.error))?;
     Ok(())
+}
+
+/// Lets everybody read a file that began as a temporary one, which is made for its owner alone (0600): results are for
+/// all who may see their folder.
+///
+/// # Errors
+/// If the file system refuses.
+#[cfg(unix)]
+pub fn make_readable(file: &std::fs::File) -> std::io::Result<()> {
+    use std::os::unix::fs::PermissionsExt as _;
+    file.set_permissions(std::fs::Permissions::from_mode(0o644))
+}
+
+/// Elsewhere than on Unix a temporary file can be read by others as it is.
+///
+/// # Errors
+/// Never.
+#[cfg(not(unix))]
+pub fn make_readable(_: &std::fs::File) -> std::io::Result<()> {
+    Ok(())
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn packed_files_can_be_read_by_others() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("stage2.gguf");
+        atomically(&path, |file| file.set_len(3)).unwrap();
+        let found = std::fs::metadata(&path).unwrap();
+        assert_eq!((found.permissions().mode() & 0o777, found.len()), (0o644, 3));
+    }
 }

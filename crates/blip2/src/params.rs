@@ -330,7 +330,9 @@ fn read_gguf(bytes: &[u8]) -> candle_core::Result<BTreeMap<String, Tensor>> {
         .map(|name| {
             let tensor =
                 content.tensor(&mut reader, &name, &Device::Cpu)?.dequantize(&Device::Cpu)?;
-            Ok((name, tensor))
+            // GGUF has no scalars; the temperature is the only one of ours.
+            let scalar = name == "temp" && tensor.dims() == [1];
+            Ok((name, if scalar { tensor.reshape(())? } else { tensor }))
         })
         .collect()
 }
