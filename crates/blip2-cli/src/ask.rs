@@ -1,37 +1,54 @@
 //! `blip2 ask`: answer a question about a picture.
 
+use std::path::Path;
+
 use anyhow::Context as _;
+use blip2::generate::Hypothesis;
+use blip2::model::Captioner;
 use serde_json::json;
 
 use crate::cli::{AskArgs, Global};
-use crate::{Outcome, caption, model, output, pictures};
+use crate::output::Row;
+use crate::pictures::Found;
+use crate::{Outcome, caption, model};
 
 pub(crate) fn run(global: &Global, args: &AskArgs) -> anyhow::Result<Outcome> {
-    let options = args.generate.options(1)?;
-    let history =
-        args.history.iter().map(|turn| turn_of(turn)).collect::<anyhow::Result<Vec<_>>>()?;
+    let options = model::generate_options(&args.generate, 1);
+    let found = Found::new(std::slice::from_ref(&args.image));
+    if found.is_hopeless() {
+        return found.report(global.format);
+    }
     let captioner = model::captioner(global)?;
+    let side = captioner.vision().config().image_size;
+    let history: Vec<(&str, &str)> =
+        args.history.iter().map(|turn| (turn.question.as_str(), turn.answer.as_str())).collect();
     let prompt = captioner.question_prompt(&history, &args.question);
-    let images = std::slice::from_ref(&args.image);
-    pictures::for_each_batch(images, &args.pictures, global.format, |paths, pictures| {
+    found.for_each_batch(&args.pictures, side, global.format, |paths, pictures| {
         let prompts = vec![prompt.as_str(); pictures.len()];
-        for (path, answers) in paths.iter().zip(captioner.generate(pictures, &prompts, &options)?) {
-            let best = answers.first().context("the search found no answer")?;
-            let row = caption::describe(&captioner, best)?;
-            let text = row["text"].as_str().unwrap_or_default().to_owned();
-            let json = json!({
-                "image": path.to_string_lossy(),
-                "question": args.question,
-                "answer": row["text"],
-                "tokens": row["tokens"],
-                "score": row["score"],
-            });
-            output::line(global.format, &json, &text)?;
-        }
-        Ok(())
+        let answers = captioner.generate(pictures, &prompts, &options)?;
+        paths
+            .iter()
+            .zip(answers)
+            .map(|(path, answers)| Ok(vec![row(&captioner, path, &args.question, &answers)?]))
+            .collect()
     })
 }
 
-fn turn_of(turn: &str) -> anyhow::Result<(&str, &str)> {
-    turn.split_once('=').with_context(|| format!("--history {turn:?}: expected 'question=answer'"))
+fn row(
+    captioner: &Captioner,
+    path: &Path,
+    question: &str,
+    answers: &[Hypothesis],
+) -> anyhow::Result<Row> {
+    let best = answers.first().context("the search found no answer")?;
+    let answer = caption::describe(captioner, best)?;
+    let text = answer["text"].as_str().unwrap_or_default().to_owned();
+    let json = json!({
+        "image": path.to_string_lossy(),
+        "question": question,
+        "answer": answer["text"],
+        "tokens": answer["tokens"],
+        "score": answer["score"],
+    });
+    Ok(Row { json, text })
 }

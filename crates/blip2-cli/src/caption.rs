@@ -1,40 +1,43 @@
 //! `blip2 caption`: say what pictures show.
 
+use std::path::Path;
+
 use blip2::generate::Hypothesis;
 use blip2::model::Captioner;
 use serde_json::{Value, json};
 
-use crate::cli::{CaptionArgs, GenerateArgs, Global};
-use crate::{Outcome, model, output, pictures};
+use crate::cli::{CaptionArgs, Global};
+use crate::output::Row;
+use crate::pictures::Found;
+use crate::{Outcome, model};
 
 pub(crate) fn run(global: &Global, args: &CaptionArgs) -> anyhow::Result<Outcome> {
-    let options = args.generate.options(args.num_captions)?;
-    // Before the model is loaded: a mistyped path should not cost a download.
-    pictures::expand(&args.images)?;
+    let options = model::generate_options(&args.generate, args.num_captions.into());
+    let found = Found::new(&args.images);
+    if found.is_hopeless() {
+        return found.report(global.format);
+    }
     let captioner = model::captioner(global)?;
+    let side = captioner.vision().config().image_size;
     let prompt = args.prompt.as_deref().unwrap_or_else(|| captioner.caption_prompt());
-    pictures::for_each_batch(&args.images, &args.pictures, global.format, |paths, pictures| {
+    found.for_each_batch(&args.pictures, side, global.format, |paths, pictures| {
         let prompts = vec![prompt; pictures.len()];
         let captions = captioner.generate(pictures, &prompts, &options)?;
-        for (path, captions) in paths.iter().zip(captions) {
-            let name = path.to_string_lossy();
-            let rows = captions
-                .iter()
-                .map(|caption| describe(&captioner, caption))
-                .collect::<Result<Vec<_>, _>>()?;
-            let texts: Vec<&str> = rows.iter().filter_map(|row| row["text"].as_str()).collect();
-            let text = match texts[..] {
-                [one] => format!("{name}: {one}"),
-                _ => texts
-                    .iter()
-                    .map(|text| format!("{name}: {text}"))
-                    .collect::<Vec<_>>()
-                    .join("\n"),
-            };
-            output::line(global.format, &json!({"image": name, "captions": rows}), &text)?;
-        }
-        Ok(())
+        paths
+            .iter()
+            .zip(captions)
+            .map(|(path, captions)| Ok(vec![row(&captioner, path, &captions)?]))
+            .collect()
     })
+}
+
+fn row(captioner: &Captioner, path: &Path, captions: &[Hypothesis]) -> anyhow::Result<Row> {
+    let name = path.to_string_lossy();
+    let captions: Vec<Value> =
+        captions.iter().map(|caption| describe(captioner, caption)).collect::<Result<_, _>>()?;
+    let texts = captions.iter().filter_map(|caption| caption["text"].as_str());
+    let text = texts.map(|text| format!("{name}: {text}")).collect::<Vec<_>>().join("\n");
+    Ok(Row { json: json!({"image": name, "captions": captions}), text })
 }
 
 /// One caption as the contract wants it.
@@ -44,11 +47,4 @@ pub(crate) fn describe(captioner: &Captioner, caption: &Hypothesis) -> anyhow::R
         "tokens": caption.tokens,
         "score": caption.score,
     }))
-}
-
-impl GenerateArgs {
-    /// The search that was typed: sampling if any of its flags was given, beams otherwise.
-    pub(crate) fn options(&self, num_return: u16) -> anyhow::Result<blip2::generate::Options> {
-        model::generate_options(self, num_return.into())
-    }
 }

@@ -1,9 +1,16 @@
-//! What was typed. Parsed to plain data; nothing here touches a model or a file.
+//! What was typed. Parsed to plain data and checked; nothing here touches a model or a file.
+//!
+//! Wrong usage ends here, with code 2: what one flag can't be is its value parser's to say, what two can't be together is
+//! clap's (`conflicts_with`) or, where it takes arithmetic, [`Cli::read`]'s. A flag may also come from its environment
+//! variable, `BLIP2_` and its name; that counts as typed.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use blip2_ops::WeightFormat;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::builder::FalseyValueParser;
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
 
 /// Caption pictures, answer questions about them, match them with text; train the model that does.
 ///
@@ -15,6 +22,33 @@ pub(crate) struct Cli {
     pub(crate) global: Global,
     #[command(subcommand)]
     pub(crate) verb: Verb,
+}
+
+impl Cli {
+    /// Reads what was typed, with the environment. Wrong usage comes back as clap's error, which exits with code 2.
+    pub(crate) fn read<T: Into<OsString> + Clone>(
+        args: impl IntoIterator<Item = T>,
+    ) -> Result<Self, clap::Error> {
+        let cli = Self::try_parse_from(args)?;
+        cli.global.check()?;
+        match &cli.verb {
+            Verb::Caption(args) => args.generate.check("caption", args.num_captions)?,
+            Verb::Ask(args) => args.generate.check("ask", 1)?,
+            _ => {}
+        }
+        Ok(cli)
+    }
+}
+
+/// The error that `verb` was used wrongly, with its usage.
+fn wrong_usage(verb: &str, reason: String) -> clap::Error {
+    let mut command = Cli::command();
+    // Only a built command knows what its verbs are called in full, which the line of their usage shows.
+    command.build();
+    match command.find_subcommand_mut(verb) {
+        Some(verb) => verb.error(ErrorKind::ArgumentConflict, reason),
+        None => command.error(ErrorKind::ArgumentConflict, reason),
+    }
 }
 
 /// Flags of every verb.
@@ -64,11 +98,18 @@ pub(crate) enum Format {
 }
 
 impl Global {
-    /// Sets the number of threads, and refuses a device that this build has not.
-    pub(crate) fn apply(&self) -> anyhow::Result<()> {
-        if self.device != DeviceName::Cpu {
-            anyhow::bail!("--device {:?}: this build computes on the CPU only", self.device);
+    fn check(&self) -> Result<(), clap::Error> {
+        if self.device == DeviceName::Cpu {
+            return Ok(());
         }
+        let device = self.device.to_possible_value();
+        let device = device.as_ref().map_or("", clap::builder::PossibleValue::get_name);
+        let reason = format!("--device {device}: this build computes on the cpu only");
+        Err(Cli::command().error(ErrorKind::InvalidValue, reason))
+    }
+
+    /// Sets the number of threads.
+    pub(crate) fn apply(&self) -> anyhow::Result<()> {
         if let Some(threads) = self.threads {
             rayon::ThreadPoolBuilder::new().num_threads(threads.into()).build_global()?;
         }
@@ -100,11 +141,18 @@ pub(crate) enum Verb {
     Eval(EvalArgs),
 }
 
-/// How text is generated.
+/// How text is generated: by beams, or by sampling if a flag of that is given.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct GenerateArgs {
     /// Beams; 1 is greedy
-    #[arg(long, env = "BLIP2_NUM_BEAMS", value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=64))]
+    #[arg(
+        long,
+        env = "BLIP2_NUM_BEAMS",
+        value_name = "N",
+        default_value_t = 5,
+        value_parser = clap::value_parser!(u16).range(1..=64),
+        conflicts_with_all = ["top_p", "temperature"]
+    )]
     pub(crate) num_beams: u16,
     /// Longest answer, in tokens
     #[arg(long, env = "BLIP2_MAX_NEW_TOKENS", value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -118,28 +166,78 @@ pub(crate) struct GenerateArgs {
         env = "BLIP2_LENGTH_PENALTY",
         value_name = "X",
         default_value_t = 1.0,
-        allow_negative_numbers = true
+        value_parser = finite,
+        allow_negative_numbers = true,
+        conflicts_with_all = ["top_p", "temperature"]
     )]
     pub(crate) length_penalty: f32,
     /// Above 1 discourages tokens already said
-    #[arg(long, env = "BLIP2_REPETITION_PENALTY", value_name = "X", default_value_t = 1.0)]
+    #[arg(
+        long,
+        env = "BLIP2_REPETITION_PENALTY",
+        value_name = "X",
+        default_value_t = 1.0,
+        value_parser = above_zero,
+        allow_negative_numbers = true
+    )]
     pub(crate) repetition_penalty: f32,
     /// Sample from the most likely tokens that together have probability X (instead of beams)
-    #[arg(long, env = "BLIP2_TOP_P", value_name = "X")]
+    #[arg(long, env = "BLIP2_TOP_P", value_name = "X", value_parser = probability, allow_negative_numbers = true)]
     pub(crate) top_p: Option<f32>,
     /// Sample: below 1 sharper, above 1 flatter
-    #[arg(long, env = "BLIP2_TEMPERATURE", value_name = "X")]
+    #[arg(long, env = "BLIP2_TEMPERATURE", value_name = "X", value_parser = above_zero, allow_negative_numbers = true)]
     pub(crate) temperature: Option<f32>,
-    /// Sample: the random numbers to use
-    #[arg(long, env = "BLIP2_SEED", value_name = "N", default_value_t = 0)]
-    pub(crate) seed: u64,
+    /// Sample: the random numbers to use [default: 0]
+    #[arg(long, env = "BLIP2_SEED", value_name = "N")]
+    pub(crate) seed: Option<u64>,
+}
+
+impl GenerateArgs {
+    /// Whether tokens are drawn, not searched for.
+    pub(crate) fn is_sampled(&self) -> bool {
+        self.top_p.is_some() || self.temperature.is_some()
+    }
+
+    /// What no flag by itself can see.
+    fn check(&self, verb: &str, num_captions: u16) -> Result<(), clap::Error> {
+        let Self { min_new_tokens: min, max_new_tokens: max, num_beams: beams, .. } = *self;
+        let reason = if min > max {
+            format!("--min-new-tokens {min} is above --max-new-tokens {max}")
+        } else if self.is_sampled() {
+            return Ok(());
+        } else if let Some(seed) = self.seed {
+            format!("--seed {seed}: beams draw nothing; sample with --top-p or --temperature")
+        } else if num_captions > beams {
+            format!("--num-captions {num_captions} is above --num-beams {beams}; or use --top-p")
+        } else {
+            return Ok(());
+        };
+        Err(wrong_usage(verb, reason))
+    }
+}
+
+fn number(text: &str) -> Result<f32, String> {
+    text.parse().map_err(|_| "not a number".to_owned())
+}
+
+fn finite(text: &str) -> Result<f32, String> {
+    Some(number(text)?).filter(|x| x.is_finite()).ok_or_else(|| "it must be finite".into())
+}
+
+fn above_zero(text: &str) -> Result<f32, String> {
+    Some(finite(text)?).filter(|x| *x > 0.0).ok_or_else(|| "it must be above 0".into())
+}
+
+fn probability(text: &str) -> Result<f32, String> {
+    let wanted = || "it must be above 0 and at most 1".into();
+    Some(number(text)?).filter(|x| *x > 0.0 && *x <= 1.0).ok_or_else(wanted)
 }
 
 /// How pictures are read.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct PictureArgs {
     /// Pixels exactly as transformers' PIL processor makes them: EXIF orientation ignored, 16-bit clipped
-    #[arg(long, env = "BLIP2_HF_PIXELS")]
+    #[arg(long, env = "BLIP2_HF_PIXELS", value_parser = FalseyValueParser::new())]
     pub(crate) hf_pixels: bool,
     /// Pictures computed together
     #[arg(long, env = "BLIP2_BATCH_SIZE", value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -170,12 +268,29 @@ pub(crate) struct AskArgs {
     /// The question
     pub(crate) question: String,
     /// An earlier turn, as 'question=answer'; may be given several times, oldest first
-    #[arg(long, value_name = "Q=A")]
-    pub(crate) history: Vec<String>,
+    #[arg(long, env = "BLIP2_HISTORY", value_name = "Q=A", value_parser = turn)]
+    pub(crate) history: Vec<Turn>,
     #[command(flatten)]
     pub(crate) generate: GenerateArgs,
     #[command(flatten)]
     pub(crate) pictures: PictureArgs,
+}
+
+/// An earlier question with its answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Turn {
+    pub(crate) question: String,
+    pub(crate) answer: String,
+}
+
+fn turn(text: &str) -> Result<Turn, String> {
+    let parts = text.split_once('=').map(|(question, answer)| (question.trim(), answer.trim()));
+    match parts {
+        Some((question, answer)) if !question.is_empty() && !answer.is_empty() => {
+            Ok(Turn { question: question.into(), answer: answer.into() })
+        }
+        _ => Err("expected 'question=answer'".into()),
+    }
 }
 
 #[derive(Debug, Args)]
@@ -184,7 +299,7 @@ pub(crate) struct MatchArgs {
     #[arg(required = true, value_name = "IMAGE")]
     pub(crate) images: Vec<PathBuf>,
     /// A text to score; may be given several times
-    #[arg(long, required = true, value_name = "T")]
+    #[arg(long, env = "BLIP2_TEXT", required = true, value_name = "T")]
     pub(crate) text: Vec<String>,
     #[command(flatten)]
     pub(crate) pictures: PictureArgs,
@@ -194,10 +309,10 @@ pub(crate) struct MatchArgs {
 #[group(skip)]
 pub(crate) struct EmbedArgs {
     /// A picture, folder or pattern; may be given several times
-    #[arg(long, value_name = "I", required_unless_present = "text")]
+    #[arg(long, env = "BLIP2_IMAGE", value_name = "I", required_unless_present = "text")]
     pub(crate) image: Vec<PathBuf>,
     /// A text; may be given several times
-    #[arg(long, value_name = "T")]
+    #[arg(long, env = "BLIP2_TEXT", value_name = "T")]
     pub(crate) text: Vec<String>,
     #[command(flatten)]
     pub(crate) pictures: PictureArgs,
@@ -211,9 +326,18 @@ pub(crate) struct InspectArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct PullArgs {
-    /// `mini`, or `minilm` (the BERT that training starts from)
-    #[arg(default_value = "mini")]
-    pub(crate) name: String,
+    /// Whose parts
+    #[arg(value_enum, value_name = "MODEL", default_value_t = PullName::Mini)]
+    pub(crate) name: PullName,
+}
+
+/// What can be fetched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PullName {
+    /// The frozen parts of mini
+    Mini,
+    /// The BERT that training starts from
+    Minilm,
 }
 
 #[derive(Debug, Args)]
@@ -223,10 +347,10 @@ pub(crate) struct ConvertArgs {
     /// The folder to write
     pub(crate) to: PathBuf,
     /// What matrices are kept in
-    #[arg(long, value_enum, default_value_t = BitsName::Q8)]
+    #[arg(long, env = "BLIP2_MATRICES", value_enum, default_value_t = BitsName::Q8)]
     pub(crate) matrices: BitsName,
     /// What word and position embeddings are kept in
-    #[arg(long, value_enum, default_value_t = BitsName::Q8)]
+    #[arg(long, env = "BLIP2_EMBEDDINGS", value_enum, default_value_t = BitsName::Q8)]
     pub(crate) embeddings: BitsName,
 }
 
@@ -260,16 +384,16 @@ pub(crate) enum DataVerb {
 #[derive(Debug, Args)]
 pub(crate) struct DataMiniArgs {
     /// Folder for the shards
-    #[arg(long, value_name = "DIR", default_value = "runs/mini-data")]
+    #[arg(long, env = "BLIP2_OUT", value_name = "DIR", default_value = "data/mini")]
     pub(crate) out: PathBuf,
     /// Folder with the package archives, if they are not to be fetched
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, env = "BLIP2_PACKAGES", value_name = "DIR")]
     pub(crate) packages: Option<PathBuf>,
     /// Same seed, same bytes [default: 1]
-    #[arg(long, value_name = "N")]
+    #[arg(long, env = "BLIP2_SEED", value_name = "N")]
     pub(crate) seed: Option<u64>,
     /// Only N drawn shapes, without any package
-    #[arg(long, value_name = "N")]
+    #[arg(long, env = "BLIP2_TINY", value_name = "N", conflicts_with = "packages")]
     pub(crate) tiny: Option<usize>,
 }
 
@@ -285,21 +409,117 @@ pub(crate) struct TrainArgs {
     /// A recipe: one complete TOML file
     pub(crate) recipe: PathBuf,
     /// Change one field of it, e.g. optimiser.lr=1e-4; may be given several times
-    #[arg(long, value_name = "KEY=VALUE")]
+    #[arg(long, env = "BLIP2_SET", value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
     /// Folder of the run [default: runs/NAME of the recipe]
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, env = "BLIP2_OUT", value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
     /// Go on from the newest valid checkpoint
-    #[arg(long)]
+    #[arg(long, env = "BLIP2_RESUME", value_parser = FalseyValueParser::new())]
     pub(crate) resume: bool,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct EvalArgs {
-    /// A recipe with an eval part
+    /// What to measure and how: a TOML file of its own, such as recipes/mini_eval.toml
     pub(crate) recipe: PathBuf,
     /// Change one field of it; may be given several times
-    #[arg(long, value_name = "KEY=VALUE")]
+    #[arg(long, env = "BLIP2_SET", value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::OsStr;
+
+    use super::*;
+
+    fn read(line: &str) -> Result<Cli, clap::Error> {
+        Cli::read(line.split(' '))
+    }
+
+    fn generate(line: &str) -> GenerateArgs {
+        match read(line).unwrap().verb {
+            Verb::Caption(args) => args.generate,
+            verb => panic!("{verb:?}"),
+        }
+    }
+
+    fn walk(command: &clap::Command) {
+        for arg in command.get_arguments().filter(|arg| !arg.is_positional()) {
+            if matches!(arg.get_id().as_str(), "help" | "version") {
+                continue;
+            }
+            let long = arg.get_long().unwrap();
+            let wanted = format!("BLIP2_{}", long.to_uppercase().replace('-', "_"));
+            assert_eq!(arg.get_env(), Some(OsStr::new(&wanted)), "{} --{long}", command.get_name());
+        }
+        command.get_subcommands().for_each(walk);
+    }
+
+    #[test]
+    fn every_flag_has_an_environment_variable() {
+        Cli::command().debug_assert();
+        walk(&Cli::command());
+    }
+
+    #[test]
+    fn wrong_usage_is_refused_with_code_2() {
+        for line in [
+            "blip2",
+            "blip2 caption",
+            "blip2 caption a.png --temperature 0",
+            "blip2 caption a.png --temperature -1",
+            "blip2 caption a.png --temperature nan",
+            "blip2 caption a.png --top-p 0",
+            "blip2 caption a.png --top-p 1.1",
+            "blip2 caption a.png --length-penalty nan",
+            "blip2 caption a.png --length-penalty inf",
+            "blip2 caption a.png --repetition-penalty 0",
+            "blip2 caption a.png --min-new-tokens 9 --max-new-tokens 8",
+            "blip2 caption a.png --num-captions 6",
+            "blip2 caption a.png --num-captions 2 --num-beams 1",
+            "blip2 caption a.png --num-beams 5 --top-p 0.9",
+            "blip2 caption a.png --length-penalty 1 --temperature 0.5",
+            "blip2 caption a.png --seed 0",
+            "blip2 caption a.png --device cuda",
+            "blip2 --device metal inspect",
+            "blip2 ask a.png what --history what",
+            "blip2 ask a.png what --history =red",
+            "blip2 ask a.png what --history what=",
+            "blip2 match a.png",
+            "blip2 embed",
+            "blip2 pull foo",
+            "blip2 data mini --tiny 8 --packages packages",
+        ] {
+            let err = read(line).unwrap_err();
+            assert_eq!(err.exit_code(), 2, "{line}: {err}");
+        }
+    }
+
+    #[test]
+    fn what_goes_together_is_accepted() {
+        let sampled = "blip2 caption a.png --num-captions 9 --top-p 0.9 --temperature 0.5 --seed 3";
+        assert!(generate(sampled).is_sampled());
+        assert_eq!(generate("blip2 caption a.png --top-p 1").top_p, Some(1.0));
+        let beams = generate("blip2 caption a.png --num-captions 3 --num-beams 3");
+        assert!(!beams.is_sampled());
+        assert_eq!(generate("blip2 caption a.png --length-penalty -1").length_penalty, -1.0);
+        let Verb::Ask(args) = read("blip2 ask a.png what --history 2+2=4=four").unwrap().verb
+        else {
+            panic!("another verb");
+        };
+        let turn = Turn { question: "2+2".into(), answer: "4=four".into() };
+        assert_eq!(args.history, [turn]);
+    }
+
+    #[test]
+    fn a_refusal_names_the_numbers_and_the_usage() {
+        let line = "blip2 caption a.png --min-new-tokens 9 --max-new-tokens 8";
+        let text = read(line).unwrap_err().to_string();
+        assert!(text.contains("--min-new-tokens 9 is above --max-new-tokens 8"), "{text}");
+        assert!(text.contains("blip2 caption"), "{text}");
+        let text = read("blip2 --device cuda inspect").unwrap_err().to_string();
+        assert!(text.contains("--device cuda: this build computes on the cpu only"), "{text}");
+    }
 }

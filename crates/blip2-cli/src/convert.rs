@@ -1,16 +1,19 @@
 //! `blip2 convert`: write a model folder again, its bridge packed in few bits.
 
 use blip2::pack::{self, Bits, Packing};
+use serde_json::json;
 
-use crate::cli::{BitsName, ConvertArgs};
-use crate::{Outcome, model};
+use crate::cli::{BitsName, ConvertArgs, Global};
+use crate::progress::say;
+use crate::{Outcome, model, new_folder, output};
 
-pub(crate) fn run(args: &ConvertArgs) -> anyhow::Result<Outcome> {
-    model::check_new_folder(&args.to)?;
+pub(crate) fn run(global: &Global, args: &ConvertArgs) -> anyhow::Result<Outcome> {
     let packing = Packing { matrices: bits(args.matrices), embeddings: bits(args.embeddings) };
-    let bytes = pack::pack(&model::open(&args.from)?, packing, &args.to)?;
-    eprintln!("{:.1} MB of weights", bytes as f64 / 1e6);
-    println!("{}", args.to.display());
+    let model = model::open(&args.from)?;
+    let bytes = new_folder::write(&args.to, |folder| Ok(pack::pack(&model, packing, folder)?))?;
+    say(&format!("{:.1} MB of weights", bytes as f64 / 1e6));
+    let json = json!({"model": args.to.to_string_lossy(), "bytes": bytes});
+    output::line(global.format, &json, &args.to.to_string_lossy())?;
     Ok(Outcome::AllFine)
 }
 

@@ -1,53 +1,68 @@
 //! `blip2 data`: make and check training data.
 
+use std::path::Path;
+
 use blip2_train::data::mini::{self, MiniConfig};
 use blip2_train::data::package::Origin;
 use blip2_train::data::{ShardReader, Tally};
+use serde_json::json;
 
-use crate::cli::{DataArgs, DataCheckArgs, DataMiniArgs, DataVerb};
-use crate::{Outcome, model, progress};
+use crate::cli::{DataArgs, DataCheckArgs, DataMiniArgs, DataVerb, Global};
+use crate::progress::say;
+use crate::{Outcome, new_folder, output};
 
-pub(crate) fn run(args: &DataArgs) -> anyhow::Result<Outcome> {
+pub(crate) fn run(global: &Global, args: &DataArgs) -> anyhow::Result<Outcome> {
     match &args.verb {
-        DataVerb::Mini(args) => build_mini(args),
-        DataVerb::Check(args) => check(args),
+        DataVerb::Mini(args) => build_mini(global, args),
+        DataVerb::Check(args) => check(global, args),
     }
 }
 
-fn build_mini(args: &DataMiniArgs) -> anyhow::Result<Outcome> {
-    model::check_new_folder(&args.out)?;
+fn build_mini(global: &Global, args: &DataMiniArgs) -> anyhow::Result<Outcome> {
+    let report =
+        new_folder::write(&args.out, |folder| Ok(mini::build(&mini_config(args, folder)?, &say)?))?;
+    for (split, sources) in &report.counts {
+        let pictures = sources.values().sum::<usize>();
+        let json = json!({"split": split, "pictures": pictures});
+        output::line(global.format, &json, &format!("{split}: {pictures} pictures"))?;
+    }
+    let file = args.out.join("mini.json");
+    let file = file.to_string_lossy();
+    output::line(global.format, &json!({"file": file}), &file)?;
+    Ok(Outcome::AllFine)
+}
+
+/// The set that was asked for, to be built in `out`.
+fn mini_config(args: &DataMiniArgs, out: &Path) -> anyhow::Result<MiniConfig> {
     let mut config = match (args.tiny, &args.packages) {
-        (Some(samples), _) => MiniConfig::tiny(&args.out, samples),
-        (None, Some(folder)) => MiniConfig::full(&args.out, Origin::Folder(folder.clone())),
+        (Some(samples), _) => MiniConfig::tiny(out, samples),
+        (None, Some(folder)) => MiniConfig::full(out, Origin::Folder(folder.clone())),
         (None, None) => {
-            MiniConfig::full(&args.out, Origin::Cache(blip2::assets::cache_dir()?.join("packages")))
+            MiniConfig::full(out, Origin::Cache(blip2::assets::cache_dir()?.join("packages")))
         }
     };
     if let Some(seed) = args.seed {
         config.seed = seed;
     }
-    let report = mini::build(&config, &progress::say)?;
-    for (split, sources) in &report.counts {
-        println!("{split}: {} pictures", sources.values().sum::<usize>());
-    }
-    println!("{}", args.out.join("mini.json").display());
-    Ok(Outcome::AllFine)
+    Ok(config)
 }
 
 /// Reads every sample of the shards, and says what can't be used.
-fn check(args: &DataCheckArgs) -> anyhow::Result<Outcome> {
+fn check(global: &Global, args: &DataCheckArgs) -> anyhow::Result<Outcome> {
     let mut tally = Tally::default();
     for shard in &args.shards {
         for sample in ShardReader::open(shard)? {
             match sample {
                 Ok(_) => tally.good += 1,
                 Err(bad) => {
-                    eprintln!("{bad}");
+                    say(&bad.to_string());
                     tally.add(&bad);
                 }
             }
         }
     }
-    println!("{} samples, {} faults", tally.good, tally.bad());
-    Ok(if tally.bad() == 0 { Outcome::AllFine } else { Outcome::SomeFailed })
+    let (samples, faults) = (tally.good, tally.bad());
+    let json = json!({"samples": samples, "faults": faults});
+    output::line(global.format, &json, &format!("{samples} samples, {faults} faults"))?;
+    Ok(if faults == 0 { Outcome::AllFine } else { Outcome::SomeFailed })
 }

@@ -1,11 +1,13 @@
 //! `blip2 eval`: measure a model on held-out pictures, beside two baselines.
 
+use std::path::{Path, PathBuf};
+
 use anyhow::Context as _;
 use blip2_train::evaluate::{EvalFile, Subject, evaluate};
 
 use crate::cli::{EvalArgs, Global};
-use crate::progress::Progress;
-use crate::{Outcome, model, train};
+use crate::progress::{Progress, say};
+use crate::{Outcome, model, output, train};
 
 pub(crate) fn run(global: &Global, args: &EvalArgs) -> anyhow::Result<Outcome> {
     let file = EvalFile::read(&args.recipe, &args.set)?;
@@ -27,17 +29,18 @@ pub(crate) fn run(global: &Global, args: &EvalArgs) -> anyhow::Result<Outcome> {
     let report = evaluate(&subject, &file, &mut |what, done, total| bar.update(what, done, total))?;
     drop(bar);
 
-    let write = |name: &str, text: &str| {
-        let path = file.out.join(name);
-        blip2_train::checkpoint::write_atomic(&path, text.as_bytes())?;
-        anyhow::Ok(path)
-    };
     std::fs::create_dir_all(&file.out).with_context(|| file.out.display().to_string())?;
     let text = report.to_text();
-    write("report.txt", &text)?;
-    write("report.json", &report.to_json()?)?;
-    let page = write("report.html", &report.to_html())?;
-    println!("{text}");
-    eprintln!("{}", page.display());
+    write(&file.out, "report.txt", &text)?;
+    write(&file.out, "report.json", &report.to_json()?)?;
+    let page = write(&file.out, "report.html", &report.to_html())?;
+    output::line(global.format, &serde_json::to_value(&report)?, &text)?;
+    say(&page.display().to_string());
     Ok(Outcome::AllFine)
+}
+
+fn write(folder: &Path, name: &str, text: &str) -> anyhow::Result<PathBuf> {
+    let path = folder.join(name);
+    blip2_train::checkpoint::write_atomic(&path, text.as_bytes())?;
+    Ok(path)
 }

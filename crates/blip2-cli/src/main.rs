@@ -10,17 +10,18 @@ mod eval;
 mod inspect;
 mod matching;
 mod model;
+mod new_folder;
 mod output;
 mod pictures;
 mod progress;
 mod pull;
+mod texts;
 mod train;
 
 use std::process::ExitCode;
 
-use clap::Parser as _;
-
 use crate::cli::{Cli, Verb};
+use crate::progress::say;
 
 /// Tensors come and go by the megabyte; the system's allocator gives such memory back and asks for it again each time,
 /// which costs a training step about half as much again.
@@ -47,14 +48,14 @@ pub(crate) enum Outcome {
 
 fn main() -> ExitCode {
     keep_free_memory();
-    // Wrong usage leaves through clap with code 2.
-    let cli = Cli::parse();
+    // Wrong usage leaves through clap with code 2, `--help` with code 0.
+    let cli = Cli::read(std::env::args_os()).unwrap_or_else(|err| err.exit());
     match run(&cli) {
         Ok(Outcome::AllFine) => ExitCode::SUCCESS,
         Ok(Outcome::SomeFailed) => ExitCode::FAILURE,
         Err(err) if output::is_closed_pipe(&err) => ExitCode::SUCCESS,
         Err(err) => {
-            eprintln!("blip2: {err:#}");
+            say(&format!("blip2: {err:#}"));
             ExitCode::FAILURE
         }
     }
@@ -68,10 +69,10 @@ fn run(cli: &Cli) -> anyhow::Result<Outcome> {
         Verb::Match(args) => matching::run(&cli.global, args),
         Verb::Embed(args) => embed::run(&cli.global, args),
         Verb::Inspect(args) => inspect::run(&cli.global, args),
-        Verb::Pull(args) => pull::run(args),
-        Verb::Convert(args) => convert::run(args),
-        Verb::Data(args) => data::run(args),
-        Verb::Train(args) => train::run(args),
+        Verb::Pull(args) => pull::run(&cli.global, args),
+        Verb::Convert(args) => convert::run(&cli.global, args),
+        Verb::Data(args) => data::run(&cli.global, args),
+        Verb::Train(args) => train::run(&cli.global, args),
         Verb::Eval(args) => eval::run(&cli.global, args),
     }
 }

@@ -6,6 +6,15 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use crate::cli::Format;
+use crate::progress::say;
+
+/// One result.
+pub(crate) struct Row {
+    /// For programs.
+    pub(crate) json: Value,
+    /// For people; may be several lines.
+    pub(crate) text: String,
+}
 
 /// Writes one result: the JSON object on its line, or the text for people.
 pub(crate) fn line(format: Format, json: &Value, text: &str) -> anyhow::Result<()> {
@@ -21,17 +30,13 @@ pub(crate) fn line(format: Format, json: &Value, text: &str) -> anyhow::Result<(
 }
 
 /// Reports a picture that can't be used: its own line in JSON, standard error otherwise.
-pub(crate) fn failure(
-    format: Format,
-    image: &Path,
-    err: &dyn std::fmt::Display,
-) -> anyhow::Result<()> {
+pub(crate) fn failure(format: Format, image: &Path, reason: &str) -> anyhow::Result<()> {
     match format {
         Format::Jsonl => {
-            line(format, &json!({"image": image.to_string_lossy(), "error": err.to_string()}), "")
+            line(format, &json!({"image": image.to_string_lossy(), "error": reason}), "")
         }
         Format::Text => {
-            eprintln!("blip2: {err}");
+            say(&format!("blip2: {reason}"));
             Ok(())
         }
     }

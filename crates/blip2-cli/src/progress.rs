@@ -1,6 +1,6 @@
 //! A bar on standard error while something long goes on; a plain line where nobody watches.
 
-use std::io::IsTerminal as _;
+use std::io::{IsTerminal as _, Write as _};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -54,7 +54,7 @@ impl Drop for Progress {
 
 fn begin(name: &str, total: u64, unit: Unit) -> ProgressBar {
     if !std::io::stderr().is_terminal() {
-        eprintln!("{name} …");
+        say(&format!("{name} …"));
         return ProgressBar::hidden();
     }
     let bar = if total == 0 { ProgressBar::new_spinner() } else { ProgressBar::new(total) };
@@ -71,7 +71,8 @@ fn begin(name: &str, total: u64, unit: Unit) -> ProgressBar {
     bar
 }
 
-/// One line of what is going on.
+/// One line of what is going on, or of what is wrong.
 pub(crate) fn say(line: &str) {
-    eprintln!("{line}");
+    // Nobody to tell is no reason to stop, let alone to panic as `eprintln!` does.
+    let _ = writeln!(std::io::stderr(), "{line}");
 }

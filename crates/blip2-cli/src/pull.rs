@@ -1,28 +1,29 @@
 //! `blip2 pull`: fetch a model's parts into the cache, checked against their hashes.
 
 use blip2::assets::{self, Check};
+use serde_json::json;
 
-use crate::Outcome;
-use crate::cli::PullArgs;
+use crate::cli::{Global, PullArgs, PullName};
 use crate::progress::Progress;
+use crate::{Outcome, output};
 
-pub(crate) fn run(args: &PullArgs) -> anyhow::Result<Outcome> {
+pub(crate) fn run(global: &Global, args: &PullArgs) -> anyhow::Result<Outcome> {
     let mut bar = Progress::bytes();
     let mut progress = |name: &str, done, total| bar.update(name, done, total);
-    let files = match args.name.as_str() {
-        "mini" => {
+    let files = match args.name {
+        PullName::Mini => {
             let parts = assets::mini_parts(Check::Full, &mut progress)?;
-            vec![parts.vit, parts.llm_gguf]
+            [parts.vit, parts.llm_gguf]
         }
-        "minilm" => {
+        PullName::Minilm => {
             let parts = assets::bert_minilm(Check::Full, &mut progress)?;
-            vec![parts.weights, parts.vocab]
+            [parts.weights, parts.vocab]
         }
-        name => anyhow::bail!("pull {name}: `mini` and `minilm` can be pulled"),
     };
     drop(bar);
     for file in files {
-        println!("{}", file.display());
+        let file = file.to_string_lossy();
+        output::line(global.format, &json!({"file": file}), &file)?;
     }
     Ok(Outcome::AllFine)
 }

@@ -9,18 +9,22 @@ use blip2_train::data::mini::{self, MiniConfig};
 use blip2_train::data::package::Origin;
 use blip2_train::monitor::RunLog;
 use blip2_train::recipe::{DataBuild, RecipeFile};
-use blip2_train::tasks::{Session, Trained, train_recipe};
+use blip2_train::tasks::{Session, Trained, train_recipe, use_threads};
 use blip2_train::trainer::{Monitor, Resume};
+use serde_json::json;
 
-use crate::Outcome;
-use crate::cli::TrainArgs;
-use crate::progress::{self, Progress};
+use crate::cli::{Global, TrainArgs};
+use crate::progress::{Progress, say};
+use crate::{Outcome, output};
 
 /// Training pictures of the set that is drawn, not downloaded.
 const TINY_SAMPLES: usize = 512;
 
-pub(crate) fn run(args: &TrainArgs) -> anyhow::Result<Outcome> {
+pub(crate) fn run(global: &Global, args: &TrainArgs) -> anyhow::Result<Outcome> {
     let recipe = RecipeFile::read(&args.recipe, &args.set)?;
+    if let Some(unheeded) = use_threads(recipe.runtime.threads) {
+        say(&unheeded);
+    }
     let stop = stop_on_signal()?;
     build_data(&recipe.data.dir, recipe.data.build)?;
     let dir = run_dir(&recipe, args.out.as_ref());
@@ -37,15 +41,37 @@ pub(crate) fn run(args: &TrainArgs) -> anyhow::Result<Outcome> {
     };
     match train_recipe(&recipe, &mut session)? {
         Trained::Stopped => {
-            eprintln!("stopped; go on with: blip2 train {} --resume", args.recipe.display());
+            say(&format!("stopped; go on with: {}", resume_command(args)));
             Ok(Outcome::SomeFailed)
         }
         Trained::Finished { model, .. } => {
-            println!("{}", model.display());
-            eprintln!("try it: blip2 caption --model {} PICTURE", model.display());
+            let model = model.to_string_lossy();
+            output::line(global.format, &json!({"model": model}), &model)?;
+            say(&format!("try it: blip2 caption --model {} PICTURE", quoted(&model)));
             Ok(Outcome::AllFine)
         }
     }
+}
+
+/// What to type to go on: with another folder or other changes it would be another run.
+fn resume_command(args: &TrainArgs) -> String {
+    let mut command = format!("blip2 train {}", quoted(&args.recipe.to_string_lossy()));
+    if let Some(out) = &args.out {
+        command += &format!(" --out {}", quoted(&out.to_string_lossy()));
+    }
+    for change in &args.set {
+        command += &format!(" --set {}", quoted(change));
+    }
+    command + " --resume"
+}
+
+/// A word as a shell wants it: in single quotes, if something in it has a meaning there.
+fn quoted(word: &str) -> String {
+    let is_plain = |c: char| c.is_alphanumeric() || "-_./=,:@%+".contains(c);
+    if !word.is_empty() && word.chars().all(is_plain) {
+        return word.to_owned();
+    }
+    format!("'{}'", word.replace('\'', r"'\''"))
 }
 
 /// Makes the data set of `dir` if it is not there yet.
@@ -58,8 +84,8 @@ pub(crate) fn build_data(dir: &Path, build: DataBuild) -> anyhow::Result<()> {
             MiniConfig::full(dir, Origin::Cache(blip2::assets::cache_dir()?.join("packages")))
         }
     };
-    eprintln!("building the data set in {}", dir.display());
-    mini::build(&config, &progress::say)
+    say(&format!("building the data set in {}", dir.display()));
+    mini::build(&config, &say)
         .with_context(|| format!("building the data set in {}", dir.display()))?;
     Ok(())
 }
@@ -73,7 +99,7 @@ fn stop_on_signal() -> anyhow::Result<Arc<AtomicBool>> {
             #[expect(clippy::exit, reason = "the second Ctrl-C means it; checkpoints are atomic")]
             std::process::exit(130);
         }
-        eprintln!("\nstopping after this step; once more to stop at once");
+        say("\nstopping after this step; once more to stop at once");
     })?;
     Ok(stop)
 }
@@ -81,4 +107,24 @@ fn stop_on_signal() -> anyhow::Result<Arc<AtomicBool>> {
 /// The folder of a recipe's run.
 pub(crate) fn run_dir(recipe: &RecipeFile, out: Option<&PathBuf>) -> PathBuf {
     out.cloned().unwrap_or_else(|| Path::new("runs").join(&recipe.name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_to_go_on_names_the_same_run() {
+        let mut args = TrainArgs {
+            recipe: "recipes/tiny_cpu.toml".into(),
+            set: Vec::new(),
+            out: None,
+            resume: false,
+        };
+        assert_eq!(resume_command(&args), "blip2 train recipes/tiny_cpu.toml --resume");
+        args.out = Some("my runs/a".into());
+        args.set = vec!["seed=3".into(), "stage2.prompt=it's".into()];
+        let expected = r"--out 'my runs/a' --set seed=3 --set 'stage2.prompt=it'\''s' --resume";
+        assert_eq!(resume_command(&args), format!("blip2 train recipes/tiny_cpu.toml {expected}"));
+    }
 }

@@ -17,6 +17,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use blip2::pack::make_readable;
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -303,7 +304,8 @@ pub fn save_tensors(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<S
     Ok(sha256(&bytes))
 }
 
-/// Writes `bytes` to `path`: a temporary file beside it, flushed to the disk, then one rename.
+/// Writes `bytes` to `path`: a temporary file beside it, flushed to the disk, then one rename. Everybody who may see the
+/// folder may read it.
 ///
 /// # Errors
 /// If it can't be written; a file that was there before is untouched then.
@@ -315,6 +317,7 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     fs::create_dir_all(dir).map_err(Error::io(dir))?;
     let mut file = tempfile::NamedTempFile::new_in(dir).map_err(Error::io(dir))?;
     file.write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(Error::io(path))?;
+    make_readable(file.as_file()).map_err(Error::io(path))?;
     file.persist(path).map_err(|err| Error::Io { path: path.to_path_buf(), source: err.error })?;
     sync_folder(dir)
 }
@@ -431,6 +434,16 @@ mod tests {
         store.save(&state(3), &tensors(3.0), &tensors(0.5)).unwrap();
         assert!(!half.exists());
         assert_eq!(store.list().unwrap().len(), 2);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn what_is_written_can_be_read_by_others() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("new/report.txt");
+        write_atomic(&path, b"x").unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o644);
     }
 
     #[test]

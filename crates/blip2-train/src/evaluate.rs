@@ -24,7 +24,7 @@ use crate::eval::report::{
 };
 use crate::eval::retrieval::{self, ScoreMatrix};
 use crate::features::{FeatureCache, FeatureShape};
-use crate::recipe::{DataBuild, parse_toml};
+use crate::recipe::{DataBuild, parse_toml, positive, require};
 use crate::tasks::data_hash;
 use crate::{Error, Result};
 
@@ -98,26 +98,33 @@ impl EvalFile {
     /// If the file can't be read, a field is unknown, missing or out of range; the message names file and field.
     pub fn read(path: &Path, changes: &[String]) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
-        let file: Self = parse_toml(&text, changes)
-            .map_err(|err| Error::Recipe(format!("{}: {err}", path.display())))?;
-        let checks = [
-            ("data.batch_size", file.data.batch_size),
-            ("decode.num_beams", file.decode.num_beams),
-            ("decode.max_new_tokens", file.decode.max_new_tokens),
-        ];
-        for (field, value) in checks {
-            if value == 0 {
-                return Err(Error::Recipe(format!(
-                    "{}: {field} must be at least 1",
-                    path.display()
-                )));
-            }
-        }
-        Ok(file)
+        let file = parse_toml(&text, changes).and_then(|file: Self| {
+            positive("data.batch_size", file.data.batch_size)?;
+            file.decode.check()?;
+            Ok(file)
+        });
+        file.map_err(|err| match err {
+            Error::Recipe(reason) => Error::Recipe(format!("{}: {reason}", path.display())),
+            other => other,
+        })
     }
 }
 
 impl DecodeSection {
+    /// Better known now than after the pictures are encoded.
+    fn check(self) -> Result<()> {
+        positive("decode.num_beams", self.num_beams)?;
+        positive("decode.max_new_tokens", self.max_new_tokens)?;
+        require(
+            self.min_new_tokens <= self.max_new_tokens,
+            "decode.min_new_tokens",
+            self.min_new_tokens,
+            &format!("at most max_new_tokens = {}", self.max_new_tokens),
+        )?;
+        let penalty = self.length_penalty;
+        require(penalty.is_finite(), "decode.length_penalty", penalty, "a finite number")
+    }
+
     fn options(self) -> Options {
         let strategy = if self.num_beams == 1 {
             Strategy::Greedy
@@ -175,8 +182,11 @@ pub fn evaluate(
     say: &mut dyn FnMut(&str, u64, u64),
 ) -> Result<Report> {
     let begin = Instant::now();
-    let test = Dataset::open_split(&file.data.dir, &file.data.split)?;
-    let train = Dataset::open_split(&file.data.dir, &file.data.train)?;
+    let mut notes = Vec::new();
+    let mut open = |split: &str| {
+        Dataset::open_split(&file.data.dir, split, &mut |note| notes.push(note.to_owned()))
+    };
+    let (test, train) = (open(&file.data.split)?, open(&file.data.train)?);
     let exams = read_exams(&test, &file.data)?;
     let metas = (0..test.len()).map(|i| test.meta(i)).collect::<Result<Vec<_>>>()?;
 
@@ -216,6 +226,7 @@ pub fn evaluate(
             questions: exams.iter().map(|exam| exam.questions.len()).sum(),
         },
         decode: decode_settings(file)?,
+        notes,
         systems,
         retrieval,
         seconds: begin.elapsed().as_secs_f64(),

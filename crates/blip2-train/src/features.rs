@@ -12,7 +12,7 @@
 //! so that an interrupted build goes on there; one rename makes a whole view visible. This file knows no encoder: it is
 //! handed one.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -95,19 +95,22 @@ impl FeatureCache {
         let key = format!("{key} {}x{}x{}", shape.samples, shape.tokens, shape.width);
         let dir = dir.join(&sha256(key.as_bytes())[..16]);
         fs::create_dir_all(&dir).map_err(Error::io(&dir))?;
-        let lock = File::create(dir.join(".lock")).map_err(Error::io(&dir))?;
-        lock.lock().map_err(Error::io(&dir))?;
+        let paths: Vec<_> =
+            (0..shape.views).map(|view| dir.join(format!("view-{view:03}.f16"))).collect();
+        // A whole cache is only read: any number of runs may do that at once.
+        let whole = paths.iter().all(|path| path.exists());
+        let _lock = if whole { None } else { Some(lock(&dir)?) };
         let key_path = dir.join("key.json");
         if !key_path.exists() {
             write_atomic(&key_path, key.as_bytes())?;
         }
         let mut views = Vec::new();
-        for view in 0..shape.views {
-            let path = dir.join(format!("view-{view:03}.f16"));
+        for (view, path) in (0..shape.views).zip(paths) {
             if !path.exists() && !build_view(&path, view, shape, build)? {
                 return Ok(None);
             }
-            views.push((path.clone(), Mutex::new(open_view(&path, shape)?)));
+            let file = Mutex::new(open_view(&path, shape)?);
+            views.push((path, file));
         }
         Ok(Some(Self { shape, views }))
     }
@@ -180,6 +183,20 @@ impl FeatureCache {
             values.extend(data.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()));
         }
         Ok(Tensor::from_vec(values, (samples.len(), shape.tokens, shape.width), &Device::Cpu)?)
+    }
+}
+
+/// Keeps a second process from building in `dir`, until the file is dropped.
+fn lock(dir: &Path) -> Result<File> {
+    let path = dir.join(".lock");
+    let file = File::create(&path).map_err(Error::io(&path))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(Error::Data(format!(
+            "the feature cache {} is being built by another process; wait for it, or stop it and go on there",
+            dir.display()
+        ))),
+        Err(TryLockError::Error(err)) => Err(Error::io(&path)(err)),
     }
 }
 
@@ -373,6 +390,25 @@ mod tests {
         let (cache, count) = open(dir.path(), usize::MAX);
         check(&cache.unwrap().unwrap());
         assert_eq!(calls + count, 2 * 1300usize.div_ceil(7));
+    }
+
+    #[test]
+    fn one_process_builds_and_many_read() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(open(dir.path(), 1).0.unwrap().is_none());
+        let folder = folder(dir.path());
+        let other = File::create(folder.join(".lock")).unwrap();
+        other.lock().unwrap();
+        let (refused, calls) = open(dir.path(), usize::MAX);
+        let err = refused.unwrap_err().to_string();
+        assert!(err.contains("built by another process"), "{err}");
+        assert!(err.contains(&folder.display().to_string()), "{err}");
+        assert_eq!(calls, 0);
+        drop(other);
+        check(&open(dir.path(), usize::MAX).0.unwrap().unwrap());
+        let other = File::create(folder.join(".lock")).unwrap();
+        other.lock().unwrap();
+        check(&open(dir.path(), usize::MAX).0.unwrap().unwrap());
     }
 
     #[test]

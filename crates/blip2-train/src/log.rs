@@ -10,6 +10,7 @@ use std::io::{BufRead, BufReader, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use blip2::pack::make_readable;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::{Error, Result};
@@ -108,12 +109,13 @@ fn lines_up_to(path: &Path, file: File, last_step: u64) -> Result<Vec<u8>> {
     Ok(kept)
 }
 
-/// Temporary file beside it → fsync → rename → fsync of the folder.
+/// Temporary file beside it → fsync → rename → fsync of the folder. Others may read it, as if it were made in place.
 fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
     let mut file = tempfile::NamedTempFile::new_in(folder).map_err(Error::io(folder))?;
     file.write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(Error::io(path))?;
+    make_readable(file.as_file()).map_err(Error::io(path))?;
     file.persist(path).map_err(|e| Error::io(path)(e.error))?;
     if cfg!(unix) {
         File::open(folder).and_then(|f| f.sync_all()).map_err(Error::io(folder))?;

@@ -1,16 +1,20 @@
-//! Everything a run says about itself, in one [`Monitor`]: `metrics.jsonl`, TensorBoard's curves and the live line.
+//! Everything a run says about itself, in one [`Monitor`]: `metrics.jsonl`, TensorBoard's curves and the live line; and the
+//! picture drawn of it at the end.
 
 use std::io::{IsTerminal, Stderr, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::Result;
-use crate::log::{MetricsLog, Progress, StepRecord};
+use crate::eval::curves::write_losses;
+use crate::log::{MetricsLog, Progress, StepRecord, read_metrics};
 use crate::tensorboard::EventWriter;
 use crate::trainer::{Monitor, Start};
 
 /// The file of a run's numbers, in its folder.
 pub const METRICS: &str = "metrics.jsonl";
+/// The picture of a finished run's losses, in its folder.
+pub const CURVES: &str = "curves.png";
 /// The folder of TensorBoard's event files, in the run's folder.
 pub const EVENTS: &str = "tensorboard";
 
@@ -79,6 +83,19 @@ impl Monitor for RunLog {
         // Nobody to tell is no reason to stop a run.
         let _ = writeln!(std::io::stderr(), "{text}");
     }
+}
+
+/// Draws the losses in the [`METRICS`] of the run in `dir` as [`CURVES`] beside it. A run with a monitor that keeps no such
+/// file has no picture either.
+///
+/// # Errors
+/// If a file can't be read or written, or fewer than two of the logged steps have a finite loss.
+pub fn draw_curves(dir: &Path, title: &str) -> Result<()> {
+    let metrics = dir.join(METRICS);
+    if !metrics.exists() {
+        return Ok(());
+    }
+    write_losses(&dir.join(CURVES), title, &read_metrics(&metrics)?)
 }
 
 fn scalars(record: &StepRecord, waiting: f64) -> Vec<(&str, f32)> {

@@ -12,6 +12,7 @@
 //! Random parts are for tests and for the tiny recipe. They know nothing, but everything fits together.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use blip2::assets::{self, Check, Progress};
@@ -27,7 +28,7 @@ use blip2::stage2::Stage2Config;
 use blip2::tokenizer::Tokenizer;
 use blip2::vit::VitConfig;
 use blip2_ops::WeightFormat;
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 use serde_json::json;
 
@@ -79,7 +80,8 @@ impl Base {
     /// What is already there from an earlier start of the same recipe is written again, the same.
     ///
     /// # Errors
-    /// If a part can't be fetched, read or written.
+    /// If a part can't be fetched, read or written, or a description that is there can't be read: it may tell of an earlier
+    /// stage, and is not overwritten.
     pub fn prepare<'a>(
         recipe: &Recipe,
         dir: &Path,
@@ -87,6 +89,7 @@ impl Base {
         progress: Progress<'_>,
     ) -> Result<Self> {
         std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
+        let earlier = earlier_manifest(dir)?;
         let ModelSection { vision, qformer, llm } = &recipe.model;
         let bert = Bert::open(&qformer.init, texts, &mut *progress)?;
         write_atomic(&dir.join(VOCAB), &bert.vocab)?;
@@ -95,17 +98,14 @@ impl Base {
             random_llm(llm, recipe.seed, &dir.join(LLM))?;
         }
         let mut base = Self { dir: dir.to_path_buf(), vision_key: json!(null), bert };
-        let mut manifest = match base.manifest() {
-            // The earlier stage's parts stay.
-            Ok(manifest) => manifest,
-            Err(_) => Manifest {
-                name: recipe.name.clone(),
-                vision: vision_part.clone(),
-                llm: None,
-                stage1: None,
-                stage2: None,
-            },
-        };
+        // The earlier stage's parts stay.
+        let mut manifest = earlier.unwrap_or_else(|| Manifest {
+            name: recipe.name.clone(),
+            vision: vision_part.clone(),
+            llm: None,
+            stage1: None,
+            stage2: None,
+        });
         manifest.vision = vision_part;
         manifest.llm = Some(LlmPart {
             weights: match llm {
@@ -173,7 +173,7 @@ impl Base {
         seed: u64,
     ) -> Result<BTreeMap<String, Tensor>> {
         let bert = match &self.bert.weights {
-            Some(path) => params::read_file(path)?,
+            Some(path) => read_start(path)?,
             None => BTreeMap::new(),
         };
         init::stage1(config, bert, Rng::new(seed, &[purpose::INIT]).bits())
@@ -242,7 +242,34 @@ pub fn vision_key(model: &Model) -> Result<serde_json::Value> {
     Ok(match &part.weights {
         PartFile::Mini => json!({"mini": part.config.image_size}),
         PartFile::File(name) => json!(sha256(&model.files().read(name)?)),
+        // No training run makes features of such an encoder yet, so nothing is ever found under this.
+        PartFile::Checkpoint => json!({"checkpoint": model.files().describe("")}),
     })
+}
+
+/// The description that an earlier stage left in `dir`.
+fn earlier_manifest(dir: &Path) -> Result<Option<Manifest>> {
+    match Model::open(Files::Folder(dir.to_path_buf())) {
+        Ok(model) => Ok(Some(model.manifest)),
+        Err(blip2::Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => Ok(None),
+        Err(err) => Err(err.into()),
+    }
+}
+
+/// The tensors of a file that training starts from. One that is not finite would make every step one that is not, and
+/// nobody would know why.
+///
+/// # Errors
+/// If the file can't be read, or a tensor holds NaN or infinity; the message names both.
+pub(crate) fn read_start(path: &Path) -> Result<BTreeMap<String, Tensor>> {
+    let tensors = params::read_file(path)?;
+    for (name, tensor) in &tensors {
+        let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        if let Some(value) = values.iter().find(|value| !value.is_finite()) {
+            return Err(blip2::Error::file(path, format!("{name} holds {value}")).into());
+        }
+    }
+    Ok(tensors)
 }
 
 fn copy(from: &Path, to: &Path) -> Result<()> {

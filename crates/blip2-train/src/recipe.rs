@@ -46,9 +46,10 @@ pub struct DataSection {
     pub dir: PathBuf,
     /// Split to train on.
     pub train: String,
-    /// Split to watch and choose by, never trained on.
+    /// Split to watch and choose by, never trained on. Training does not read it: it says which split to name in an
+    /// evaluation (`blip2 eval RECIPE --set data.split=val`). A run with another one counts as another run all the same.
     pub val: String,
-    /// Split of the final numbers, never looked at before.
+    /// Split of the final numbers, never looked at before. Training does not read it either; see `val`.
     pub test: String,
     /// Which of a picture's captions is used.
     pub captions: CaptionChoice,
@@ -303,7 +304,8 @@ pub struct RuntimeSection {
     pub checkpoint_every: u64,
     /// How many of the newest checkpoints stay.
     pub keep_checkpoints: usize,
-    /// Threads for the tensor operations; 0: one per core. The command line's `--threads` goes before.
+    /// Threads for the tensor operations; 0: one per core. Set when training starts, unless the program computes already:
+    /// the command line's `--threads` goes before.
     pub threads: usize,
     /// Threads that read and prepare batches.
     pub loaders: usize,
@@ -621,8 +623,6 @@ pub fn differences(a: &serde_json::Value, b: &serde_json::Value) -> Vec<String> 
     out
 }
 
-/// Applies one `key=value`: a dotted key and a TOML value. What is no TOML value is taken as a string, so that
-/// `name=test` needs no quotes inside the shell's quotes.
 /// Reads TOML after `changes`, each `key=value`.
 pub(crate) fn parse_toml<T: serde::de::DeserializeOwned>(
     text: &str,
@@ -638,6 +638,8 @@ pub(crate) fn parse_toml<T: serde::de::DeserializeOwned>(
     toml::from_str(&text).map_err(|err| Error::Recipe(err.to_string()))
 }
 
+/// Applies one `key=value`: a dotted key and a TOML value. What is no TOML value is taken as a string, so that
+/// `name=test` needs no quotes inside the shell's quotes.
 fn set(table: &mut toml::Table, change: &str) -> Result<()> {
     let wrong = |reason: &str| Error::Recipe(format!("--set {change}: {reason}"));
     let (key, value) = change.split_once('=').ok_or_else(|| wrong("expected key=value"))?;
@@ -666,7 +668,13 @@ fn set(table: &mut toml::Table, change: &str) -> Result<()> {
     Ok(())
 }
 
-fn require(ok: bool, field: &str, value: impl std::fmt::Display, wanted: &str) -> Result<()> {
+/// Refuses a field's value by name.
+pub(crate) fn require(
+    ok: bool,
+    field: &str,
+    value: impl std::fmt::Display,
+    wanted: &str,
+) -> Result<()> {
     if ok { Ok(()) } else { Err(Error::Recipe(format!("{field} is {value}; it must be {wanted}"))) }
 }
 
@@ -679,7 +687,8 @@ fn at_least_3(field: &str, value: usize) -> Result<()> {
     require((3..=512).contains(&value), field, value, "from 3 to 512")
 }
 
-fn positive(field: &str, value: usize) -> Result<()> {
+/// Refuses 0.
+pub(crate) fn positive(field: &str, value: usize) -> Result<()> {
     require(value > 0, field, value, "at least 1")
 }
 

@@ -65,21 +65,35 @@ pub struct Negatives {
     pub texts: Vec<u32>,
 }
 
-/// Stage 1 (paper §3.2): ITC + ITM + ITG.
+/// Stage 1 (paper §3.2): ITC + ITM + ITG. `None` if all pairs of all ranks show the same picture: then no pair has a wrong
+/// partner, and there is nothing to tell apart.
 ///
 /// # Errors
-/// If shapes don't fit, or the batch has fewer than two different pictures.
+/// If shapes don't fit.
 pub fn stage1(
     model: &Stage1,
     batch: &Stage1Batch<'_>,
     mut context: StepContext<'_>,
-) -> Result<Stage1Losses> {
-    stage1_with(model, batch, &mut context, |rng, sims_t2i, sims_i2t, same| {
+) -> Result<Option<Stage1Losses>> {
+    if is_one_picture(batch, context.ranks)? {
+        return Ok(None);
+    }
+    let losses = stage1_with(model, batch, &mut context, |rng, sims_t2i, sims_i2t, same| {
         Ok(Negatives {
             images: losses::hard_negatives(sims_t2i, same, rng)?,
             texts: losses::hard_negatives(sims_i2t, same, rng)?,
         })
-    })
+    })?;
+    Ok(Some(losses))
+}
+
+/// Whether no pair has another picture beside it. Being the same goes both ways, so this holds for all pairs of all ranks
+/// or for none: the ranks agree, and none waits for another.
+fn is_one_picture(batch: &Stage1Batch<'_>, ranks: &Arc<dyn Communicator>) -> Result<bool> {
+    match batch.image_ids {
+        Some(ids) => Ok(gather_ids(ids, ranks)?.windows(2).all(|pair| pair[0] == pair[1])),
+        None => Ok(batch.patches.dim(0)? * ranks.world() < 2),
+    }
 }
 
 /// [`stage1`] with the choice of hard negatives given: the goldens fix the draw.
@@ -87,7 +101,7 @@ pub fn stage1(
 /// `choose` gets the similarities texts→pictures and pictures→texts (b, n) and a test for "shows the same picture".
 ///
 /// # Errors
-/// As [`stage1`].
+/// If shapes don't fit, or `choose` fails: all pairs that show the same picture have no negatives.
 pub fn stage1_with(
     model: &Stage1,
     batch: &Stage1Batch<'_>,

@@ -2,12 +2,13 @@
 //!
 //! ```text
 //! runs/NAME/model/            the model folder (see [`crate::parts`])
-//!           stage1/ stage2/   each stage's run: checkpoints, logs, model.safetensors
+//!           stage1/ stage2/   each stage's run: checkpoints, logs, and in the end model.safetensors and curves.png
 //! ```
 //!
 //! [`train_recipe`] is the whole of `blip2 train`: it opens data and parts, fills the feature cache, trains each stage
 //! that the recipe has and puts the results into the model folder.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -16,7 +17,7 @@ use blip2::assets::Progress;
 use blip2::image::{self, Pixels, Rgb};
 use blip2::llm::Llm;
 use blip2::model::{Vision, prompt_ids};
-use blip2::params::{self, ParamStore};
+use blip2::params::ParamStore;
 use blip2::stage1::{Stage1, Stage1Config};
 use blip2::stage2::{Stage2, Stage2Config};
 use blip2::tokenizer::{Padding, Side, Tokenizer, Width};
@@ -29,20 +30,21 @@ use crate::augment::Augment;
 use crate::checkpoint::sha256;
 use crate::data::{Dataset, Meta, text::pre_caption};
 use crate::features::{Build, FeatureCache, FeatureShape};
+use crate::monitor::{CURVES, draw_curves};
 use crate::order::{BatchPlan, purpose};
-use crate::parts::{Base, llm_format};
+use crate::parts::{Base, llm_format, read_start};
 use crate::recipe::{
     CaptionChoice, ProjInit, Recipe, RecipeFile, Stage, Stage1Init, Stage2Init, VisionSection,
 };
 use crate::rng::Rng;
 use crate::steps::{self, LlmText, Stage1Batch, StepContext, Texts};
 use crate::trainer::{
-    Draws, MODEL, Monitor, Outcome, Resume, Run, Source, StepOutput, Task, train,
+    Draws, MODEL, Monitor, Outcome, Resume, Run, RunFolder, Source, StepOutput, Task, train,
 };
 use crate::{Error, Result, init};
 
-/// The reference cuts captions at this many words.
-const MAX_WORDS: usize = 50;
+/// Captions are cut at this many words, as in the reference.
+pub const MAX_WORDS: usize = 50;
 
 // ------------------------------------------------------------------------------------------ pictures
 
@@ -65,12 +67,17 @@ pub enum Shown {
 }
 
 impl Pictures {
-    /// Opens a split, reads its captions and hashes them.
+    /// Opens a split, reads its captions and hashes them. `note` is told of samples that can't be used.
     ///
     /// # Errors
-    /// If the shards can't be read.
-    pub fn open(recipe: &Recipe, split: &str, side: usize) -> Result<Self> {
-        let dataset = Dataset::open_split(&recipe.data.dir, split)?;
+    /// If the shards can't be read, or too much of them can't be used.
+    pub fn open(
+        recipe: &Recipe,
+        split: &str,
+        side: usize,
+        note: &mut dyn FnMut(&str),
+    ) -> Result<Self> {
+        let dataset = Dataset::open_split(&recipe.data.dir, split, note)?;
         let metas = (0..dataset.len()).map(|i| dataset.meta(i)).collect::<Result<Vec<_>>>()?;
         let hash = data_hash(&dataset, &metas, &recipe.data.dir, split)?;
         let [low, high] = recipe.augment.scale;
@@ -243,7 +250,8 @@ pub struct Stage1Source<'a> {
     tokenizer: Tokenizer,
     padding: Padding,
     same_caption_matches: bool,
-    has_image_ids: bool,
+    /// Each sample's, if any has an `image_id`.
+    picture_numbers: Option<Vec<i64>>,
 }
 
 /// A loaded batch of stage 1.
@@ -271,18 +279,24 @@ impl<'a> Stage1Task<'a> {
         else {
             return Err(Error::Recipe("not a recipe of stage 1".into()));
         };
-        let start = match init {
-            Stage1Init::Bert => base.stage1_start(config, recipe.seed)?,
-            Stage1Init::Path(path) => params::read_file(&weights_file(path))?,
+        let file = match init {
+            Stage1Init::Bert => None,
+            Stage1Init::Path(path) => Some(weights_file(path)),
+        };
+        let start = match &file {
+            None => base.stage1_start(config, recipe.seed)?,
+            Some(file) => read_start(file)?,
         };
         let params = ParamStore::new(start)?;
-        let model = params.build(|p| Stage1::new(p, config))?;
+        let model = params.build(|p| Stage1::new(p, config));
+        let model = model.map_err(|err| of_file(file.as_deref(), err.into()))?;
+        let ids: Vec<_> = pictures.metas.iter().map(|meta| meta.image_id).collect();
         let source = Stage1Source {
             pictures,
             tokenizer: base.tokenizer()?,
             padding: Padding { max_len: max_text_len, side: Side::Right, width: Width::Longest },
             same_caption_matches,
-            has_image_ids: pictures.metas.iter().any(|meta| meta.image_id.is_some()),
+            picture_numbers: picture_numbers(&ids),
         };
         Ok(Self { source, vision, params, model, smoothing: label_smoothing })
     }
@@ -304,22 +318,33 @@ impl Source for Stage1Source<'_> {
             plan.samples.iter().map(|&i| self.pictures.caption(i, &mut plan.rng(i))).collect();
         let batch = self.tokenizer.encode_batch(&captions, true, self.padding)?;
         let texts = Texts { tokens: batch.mask_tensor()?.to_dtype(DType::U8)?, ids: batch.ids };
-        let image_ids = if self.same_caption_matches {
-            Some(captions.iter().map(|text| text_id(text)).collect())
-        } else if self.has_image_ids {
-            Some(plan.samples.iter().map(|&i| self.image_id(i)).collect())
-        } else {
-            None
+        let image_ids = match &self.picture_numbers {
+            _ if self.same_caption_matches => {
+                Some(captions.iter().map(|text| text_id(text)).collect())
+            }
+            Some(numbers) => Some(plan.samples.iter().map(|&i| numbers[i]).collect()),
+            None => None,
         };
         Ok(Stage1Loaded { shown: self.pictures.load(plan)?, texts, image_ids })
     }
 }
 
-impl Stage1Source<'_> {
-    fn image_id(&self, sample: usize) -> i64 {
-        // A picture without an id is like no other.
-        self.pictures.metas[sample].image_id.map_or(-1 - sample as i64, |id| (id >> 1) as i64)
-    }
+/// A number for each sample's picture: the same for the same `image_id` and for nothing else, the same on every rank. None
+/// if no sample has an id.
+///
+/// An id may be any u64, and the losses compare i64, so different ids are counted through; a picture without an id is like
+/// no other and gets a number below zero.
+fn picture_numbers(ids: &[Option<u64>]) -> Option<Vec<i64>> {
+    let mut known = HashMap::new();
+    let number = |(sample, id): (usize, &Option<u64>)| match id {
+        Some(id) => {
+            let next = known.len() as i64;
+            *known.entry(*id).or_insert(next)
+        }
+        None => -1 - sample as i64,
+    };
+    let numbers = ids.iter().enumerate().map(number).collect();
+    (!known.is_empty()).then_some(numbers)
 }
 
 /// A number for a text: the same on every rank, different for different texts.
@@ -358,13 +383,16 @@ impl<'a> Task for Stage1Task<'a> {
             rng: draws.negatives(),
             ranks,
         };
-        let losses = steps::stage1(&self.model, &pairs, context)?;
+        let Some(losses) = steps::stage1(&self.model, &pairs, context)? else {
+            let same = if self.source.same_caption_matches { "caption" } else { "image_id" };
+            return StepOutput::nothing(format!("all pairs of the batch have the same {same}"));
+        };
         let parts = [("itc", &losses.itc), ("itm", &losses.itm), ("itg", &losses.itg)];
         let parts = parts
             .into_iter()
             .map(|(name, loss)| Ok((name, loss.to_scalar()?)))
             .collect::<Result<_>>()?;
-        Ok(StepOutput { loss: losses.total, parts })
+        Ok(StepOutput { loss: losses.total, parts, reason: None })
     }
 }
 
@@ -425,7 +453,7 @@ impl<'a> Stage2Task<'a> {
         };
         let (stage1_config, weights) = stage1;
         let bridge = match weights {
-            Some(path) => params::read_file(path)?,
+            Some(path) => read_start(path)?,
             None => base.stage1_start(stage1_config, recipe.seed)?,
         };
         let seed = Rng::new(recipe.seed, &[purpose::INIT, 2]).bits();
@@ -433,9 +461,11 @@ impl<'a> Stage2Task<'a> {
             ProjInit::Uniform => None,
             ProjInit::Words => Some(llm.embedding_rms()?),
         };
-        let params = ParamStore::new(init::stage2(&bridge, llm.width(), rms, seed)?)?;
+        let start = init::stage2(&bridge, llm.width(), rms, seed);
+        let params = ParamStore::new(start.map_err(|err| of_file(weights, err))?)?;
         let config = stage2_config(stage1_config, llm.width());
-        let model = params.build(|p| Stage2::new(p, &config))?;
+        let model = params.build(|p| Stage2::new(p, &config));
+        let model = model.map_err(|err| of_file(weights, err.into()))?;
         let source = Stage2Source {
             pictures,
             tokenizer,
@@ -559,7 +589,7 @@ impl<'a> Task for Stage2Task<'a> {
         let patches = patches(&batch.shown, self.vision)?;
         let loss = steps::stage2(&self.model, &self.llm, &patches, &batch.texts, &draws.dropout())?;
         let value = loss.to_scalar()?;
-        Ok(StepOutput { loss, parts: vec![("lm", value)] })
+        Ok(StepOutput { loss, parts: vec![("lm", value)], reason: None })
     }
 }
 
@@ -598,12 +628,20 @@ pub enum Trained {
 /// Trains every stage of a recipe whose data is there. A stage that is finished is not trained again when resumed.
 ///
 /// # Errors
-/// Whatever data, parts and training run into.
+/// Whatever data, parts and training run into. A run that may not start, be it for its last stage, is refused before
+/// anything is written.
 pub fn train_recipe(file: &RecipeFile, session: &mut Session<'_>) -> Result<Trained> {
     let model_dir = session.dir.join("model");
+    let runs = file.runs();
+    let dirs: Vec<_> = runs.iter().map(|recipe| stage_dir(session.dir, recipe)).collect();
+    for (i, recipe) in runs.iter().enumerate() {
+        check_start_file(recipe, &dirs[..i])?;
+    }
+    let claim = |dir: &PathBuf| RunFolder::claim(dir, session.resume);
+    let folders = dirs.iter().map(claim).collect::<Result<Vec<_>>>()?;
     let mut stages = Vec::new();
-    for recipe in file.runs() {
-        let Some(outcome) = train_stage(&recipe, &model_dir, session)? else {
+    for (recipe, folder) in runs.iter().zip(&folders) {
+        let Some(outcome) = train_stage(recipe, folder, &model_dir, session)? else {
             return Ok(Trained::Stopped);
         };
         if let Outcome::Stopped { .. } = outcome {
@@ -614,15 +652,54 @@ pub fn train_recipe(file: &RecipeFile, session: &mut Session<'_>) -> Result<Trai
     Ok(Trained::Finished { model: model_dir, stages })
 }
 
+fn stage_dir(run: &Path, recipe: &Recipe) -> PathBuf {
+    run.join(format!("stage{}", recipe.stage_number()))
+}
+
+/// Reads the file that a stage starts from, for its errors alone. What one of the `earlier` stages will write there is not
+/// there yet.
+fn check_start_file(recipe: &Recipe, earlier: &[PathBuf]) -> Result<()> {
+    let (Stage::One { init: Stage1Init::Path(path), .. }
+    | Stage::Two { init: Stage2Init::Path(path), .. }) = &recipe.stage
+    else {
+        return Ok(());
+    };
+    if earlier.iter().any(|dir| path.starts_with(dir)) {
+        return Ok(());
+    }
+    read_start(&weights_file(path)).map(drop)
+}
+
+/// Makes the one pool of threads that all arithmetic shares; 0 leaves it to have one per core. A pool that is there already
+/// stays as it is, so that the command line's `--threads` goes before the recipe's. Returns what a person should know if it
+/// has another size.
+#[must_use]
+pub fn use_threads(threads: usize) -> Option<String> {
+    if threads == 0 {
+        return None;
+    }
+    let made = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+    let present = rayon::current_num_threads();
+    (made.is_err() && present != threads).then(|| {
+        format!("runtime.threads is {threads}, but this program already computes on {present}")
+    })
+}
+
 fn train_stage(
     recipe: &Recipe,
+    folder: &RunFolder,
     model_dir: &Path,
     session: &mut Session<'_>,
 ) -> Result<Option<Outcome>> {
+    let mut monitor = (session.monitor)(recipe.stage_number(), folder.path(), recipe);
+    if let Some(note) = use_threads(recipe.runtime.threads) {
+        monitor.note(&note);
+    }
     let side = match recipe.model.vision {
         VisionSection::Random { image_size, .. } | VisionSection::Mini { image_size } => image_size,
     };
-    let mut pictures = Pictures::open(recipe, &recipe.data.train, side)?;
+    let mut note = |text: &str| monitor.note(text);
+    let mut pictures = Pictures::open(recipe, &recipe.data.train, side, &mut note)?;
     let base = Base::prepare(recipe, model_dir, pictures.texts(), &mut *session.download)?;
     let vision = base.model()?.vision(WeightFormat::F32, &mut *session.download)?;
     if !pictures.encode(recipe, &base, &vision, &mut *session.encoding, session.stop)? {
@@ -631,15 +708,7 @@ fn train_stage(
     let config = base.stage1_config(&recipe.model.qformer, vision.config().width)?;
     // With a cache the encoder has done its work, and its memory is free for training.
     let vision = (recipe.features.views == 0).then_some(vision);
-    let number = recipe.stage_number();
-    let dir = session.dir.join(format!("stage{number}"));
-    let mut monitor = (session.monitor)(number, &dir, recipe);
-    let run = Run {
-        dir: &dir,
-        resume: session.resume,
-        stop: session.stop,
-        ranks: Arc::new(SingleProcess),
-    };
+    let run = Run { folder, stop: session.stop, ranks: Arc::new(SingleProcess) };
     let outcome = match &recipe.stage {
         Stage::One { max_text_len, .. } => {
             let task = Stage1Task::new(recipe, &base, &pictures, &config, vision.as_ref())?;
@@ -661,6 +730,13 @@ fn train_stage(
             outcome
         }
     };
+    if let Outcome::Finished { .. } = &outcome {
+        let title = format!("{}, stage {}", recipe.name, recipe.stage_number());
+        // A run without its picture is a run all the same.
+        if let Err(err) = draw_curves(folder.path(), &title) {
+            monitor.note(&format!("warning: no {CURVES}: {err}"));
+        }
+    }
     Ok(Some(outcome))
 }
 
@@ -676,4 +752,32 @@ fn stage1_weights(init: &Stage2Init, dir: &Path) -> Option<PathBuf> {
 /// The weights that a recipe's `init` names: a file, or the result in a run's folder.
 fn weights_file(path: &Path) -> PathBuf {
     if path.is_dir() { path.join(MODEL) } else { path.to_path_buf() }
+}
+
+/// Says which `file` it was whose weights don't fit, if they came from one.
+fn of_file(file: Option<&Path>, err: Error) -> Error {
+    match (file, err) {
+        (Some(file), Error::Model(blip2::Error::Weights(reason)) | Error::Recipe(reason)) => {
+            blip2::Error::file(file, reason).into()
+        }
+        (_, err) => err,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_image_id_has_its_own_number_and_each_picture_without_one_too() {
+        let ids = [Some(7), None, Some(6), Some(7), Some(u64::MAX), Some(u64::MAX >> 1), None];
+        let numbers = picture_numbers(&ids).unwrap();
+        for (i, a) in ids.iter().enumerate() {
+            for (j, b) in ids.iter().enumerate() {
+                let same = i == j || (a.is_some() && a == b);
+                assert_eq!(numbers[i] == numbers[j], same, "{a:?} and {b:?}: {numbers:?}");
+            }
+        }
+        assert_eq!(picture_numbers(&[None, None]), None);
+    }
 }

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use blip2::params::ParamStore;
 use blip2_ops::{Communicator, Dropout};
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 
 use crate::checkpoint::{Checkpoints, TrainState, save_tensors, write_atomic};
 use crate::log::StepRecord;
@@ -109,6 +109,20 @@ pub struct StepOutput {
     pub loss: Tensor,
     /// Its named parts, for the log.
     pub parts: Vec<(&'static str, f32)>,
+    /// Why there was nothing to learn, if the loss is not finite for a known reason.
+    pub reason: Option<String>,
+}
+
+impl StepOutput {
+    /// Of a micro-batch that holds nothing to learn: its step is skipped and counted like any whose loss is not finite, so
+    /// that one odd batch ends no run, and a run of nothing else ends.
+    ///
+    /// # Errors
+    /// Only if memory can't be had.
+    pub fn nothing(reason: impl Into<String>) -> Result<Self> {
+        let loss = Tensor::new(f32::NAN, &Device::Cpu)?;
+        Ok(Self { loss, parts: Vec::new(), reason: Some(reason.into()) })
+    }
 }
 
 /// What to do with checkpoints that are already there.
@@ -122,12 +136,49 @@ pub enum Resume {
     WithChanges,
 }
 
+/// A run's folder (checkpoints, logs and the result) that no other process trains in while this lives.
+#[derive(Debug)]
+pub struct RunFolder {
+    dir: PathBuf,
+    resume: Resume,
+    _lock: File,
+}
+
+impl RunFolder {
+    /// Claims `dir`, which is made if absent; nothing else is written. It comes before all other work, so that a run that
+    /// may not start costs nothing and overwrites nothing.
+    ///
+    /// # Errors
+    /// If another process trains there, or there are checkpoints and `resume` is [`Resume::No`].
+    pub fn claim(dir: &Path, resume: Resume) -> Result<Self> {
+        let lock = lock(dir)?;
+        let folder = Self { dir: dir.to_path_buf(), resume, _lock: lock };
+        if resume == Resume::No
+            && let Some((step, path)) = folder.checkpoints(1).list()?.pop()
+        {
+            return Err(Error::Training(format!(
+                "{} holds a run at step {step}; go on with it (--resume), or write to another folder (--out)",
+                path.display()
+            )));
+        }
+        Ok(folder)
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.dir
+    }
+
+    fn checkpoints(&self, keep: usize) -> Checkpoints {
+        Checkpoints::new(self.dir.join("checkpoints"), keep)
+    }
+}
+
 /// Everything about a run that does not change its numbers.
 pub struct Run<'a> {
-    /// The run's folder: checkpoints, logs and the result.
-    pub dir: &'a Path,
-    /// What to do with checkpoints that are already there.
-    pub resume: Resume,
+    /// Its folder.
+    pub folder: &'a RunFolder,
     /// Set it (on Ctrl-C, say), and the run writes a checkpoint after the present step and returns.
     pub stop: &'a AtomicBool,
     /// The processes that train together.
@@ -191,15 +242,14 @@ pub trait Monitor {
 /// Trains `task` after `recipe` until it is done or asked to stop.
 ///
 /// # Errors
-/// If the run's folder is in use or holds another run, the data is too small, a batch can't be loaded, too many steps in
-/// a row are not finite, or the last checkpoint can't be written.
+/// If the run's folder holds another run, the data is too small, a batch can't be loaded, too many steps in a row are not
+/// finite, or the last checkpoint can't be written.
 pub fn train<T: Task>(
     task: &T,
     recipe: &Recipe,
     run: &Run<'_>,
     monitor: &mut dyn Monitor,
 ) -> Result<Outcome> {
-    let _lock = lock(run.dir)?;
     let mut trainer = Trainer::new(task, recipe, run)?;
     trainer.begin(monitor)?;
     let outcome = trainer.run(monitor)?;
@@ -271,10 +321,7 @@ impl<'a, T: Task> Trainer<'a, T> {
                 accumulate: train.accumulate as u64,
             },
             total_steps,
-            checkpoints: Checkpoints::new(
-                run.dir.join("checkpoints"),
-                recipe.runtime.keep_checkpoints,
-            ),
+            checkpoints: run.folder.checkpoints(recipe.runtime.keep_checkpoints),
             gradients: Gradients::new(task.params())?,
             optimizer: AdamW::new(task.params(), config),
             step: 0,
@@ -287,20 +334,13 @@ impl<'a, T: Task> Trainer<'a, T> {
 
     /// Goes back to the newest checkpoint, if there is one, and tells the monitor where the run begins.
     fn begin(&mut self, monitor: &mut dyn Monitor) -> Result<()> {
-        if self.run.resume == Resume::No {
-            if let Some((step, path)) = self.checkpoints.list()?.pop() {
-                return Err(Error::Training(format!(
-                    "{} holds a run at step {step}; resume it, or give this one another name",
-                    path.display()
-                )));
-            }
-        } else {
+        if self.run.folder.resume != Resume::No {
             self.resume(monitor)?;
         }
         let json =
             serde_json::to_vec_pretty(self.recipe).map_err(|err| Error::Recipe(err.to_string()))?;
         if self.is_writer() {
-            write_atomic(&self.run.dir.join("recipe.json"), &json)?;
+            write_atomic(&self.run.folder.dir.join("recipe.json"), &json)?;
         }
         monitor.start(&Start {
             step: self.step,
@@ -355,13 +395,13 @@ impl<'a, T: Task> Trainer<'a, T> {
             return Ok(());
         }
         let changes = changes.join(", ");
-        if self.run.resume == Resume::WithChanges {
+        if self.run.folder.resume == Resume::WithChanges {
             monitor.note(&format!("warning: resumed with changes: {changes}"));
             return Ok(());
         }
         Err(Error::Training(format!(
             "{} holds another run; these differ: {changes}",
-            self.run.dir.display()
+            self.run.folder.dir.display()
         )))
     }
 
@@ -392,7 +432,7 @@ impl<'a, T: Task> Trainer<'a, T> {
         if !finished {
             return Ok(Outcome::Stopped { step: self.step });
         }
-        let model = self.run.dir.join(MODEL);
+        let model = self.run.folder.dir.join(MODEL);
         let sha256 = match self.is_writer() {
             true => save_tensors(&model, &self.task.params().to_tensors())?,
             false => String::new(),
@@ -411,6 +451,7 @@ impl<'a, T: Task> Trainer<'a, T> {
         let share = 1.0 / accumulate as f32;
         let mut parts: Vec<(&'static str, f64)> = Vec::new();
         let mut waited = Duration::ZERO;
+        let mut reason = None;
         self.gradients.clear();
         for micro in 0..accumulate {
             let before = Instant::now();
@@ -424,6 +465,7 @@ impl<'a, T: Task> Trainer<'a, T> {
                 self.gradients.add(self.task.params(), &output.loss.backward()?, share)?;
             }
             add_parts(&mut parts, &output.parts, f64::from(share));
+            reason = reason.or(output.reason);
         }
         self.gradients.average(&self.run.ranks)?;
         let loss = self.gradients.loss();
@@ -435,7 +477,7 @@ impl<'a, T: Task> Trainer<'a, T> {
             self.optimizer.step(self.task.params(), &self.gradients, lr, scale)?;
             self.skipped_in_row = 0;
         } else {
-            self.skip(loss, norm, &parts, monitor)?;
+            self.skip(loss, norm, &parts, reason.as_deref(), monitor)?;
         }
         self.step += 1;
         let seconds = begin.elapsed().as_secs_f64();
@@ -458,12 +500,16 @@ impl<'a, T: Task> Trainer<'a, T> {
         loss: f32,
         norm: f64,
         parts: &[(&'static str, f64)],
+        reason: Option<&str>,
         monitor: &mut dyn Monitor,
     ) -> Result<()> {
         self.skipped += 1;
         self.skipped_in_row += 1;
-        let text =
-            format!("step {}: loss {loss}, gradient norm {norm}, parts {parts:?}", self.step);
+        let reason = reason.map(|reason| format!(": {reason}")).unwrap_or_default();
+        let text = format!(
+            "step {}: loss {loss}, gradient norm {norm}, parts {parts:?}{reason}",
+            self.step
+        );
         if self.skipped_in_row >= self.recipe.train.stop_after_nonfinite {
             return Err(Error::Training(format!(
                 "{} steps in a row were not finite; the last: {text}",

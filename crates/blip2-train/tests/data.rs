@@ -63,6 +63,11 @@ fn pax(records: &[(&str, &str)]) -> Vec<u8> {
     member(b"pax", b'x', body.len() as u64, &body)
 }
 
+/// A split of which everything can be used.
+fn whole_split(folder: &Path, split: &str) -> Dataset {
+    Dataset::open_split(folder, split, &mut |note| panic!("{note}")).unwrap()
+}
+
 /// Writes a shard, reads it both ways: keys that came through, and faults.
 fn read(parts: &[Vec<u8>]) -> (Vec<String>, BTreeMap<Fault, u64>) {
     let folder = tempfile::tempdir().unwrap();
@@ -101,7 +106,7 @@ fn what_was_written_comes_back() {
     let written = writer.finish().unwrap();
     let names: Vec<&str> = written.iter().map(|w| w.name.as_str()).collect();
     assert_eq!(names, ["train-00000.tar", "train-00001.tar", "train-00002.tar"]);
-    let set = Dataset::open_split(folder.path(), "train").unwrap();
+    let set = whole_split(folder.path(), "train");
     assert_eq!(set.len(), 5);
     for i in 0..5 {
         assert_eq!(set.get(i).unwrap(), sample(&format!("key-{i}"), &[i as u8; 700]));
@@ -124,7 +129,7 @@ fn an_epoch_is_a_permutation_that_depends_on_seed_and_epoch() {
         writer.write(&sample(&format!("k{i}"), b"x")).unwrap();
     }
     writer.finish().unwrap();
-    let set = Dataset::open_split(folder.path(), "train").unwrap();
+    let set = whole_split(folder.path(), "train");
     let order = set.order(1, 0);
     assert_eq!(order.iter().collect::<BTreeSet<_>>().len(), 50);
     assert_eq!(order, set.order(1, 0));
@@ -142,7 +147,7 @@ fn fewer_shards_leave_no_old_ones_behind() {
         }
         writer.finish().unwrap();
     }
-    assert_eq!(Dataset::open_split(folder.path(), "val").unwrap().len(), 2);
+    assert_eq!(whole_split(folder.path(), "val").len(), 2);
 }
 
 #[test]
@@ -318,6 +323,57 @@ fn a_tally_stops_what_is_too_bad() {
     assert!(said.contains("MissingJson") && said.contains("x.tar"), "{said}");
 }
 
+/// Opens the one shard of a split that consists of `parts`; also says what was noted.
+fn open_one(parts: &[Vec<u8>]) -> (blip2_train::Result<Dataset>, Vec<String>) {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("train-00000.tar"), parts.concat()).unwrap();
+    let mut notes = Vec::new();
+    let mut note = |text: &str| notes.push(text.to_owned());
+    let set = Dataset::open_split(folder.path(), "train", &mut note);
+    (set, notes)
+}
+
+fn pairs(count: usize) -> Vec<Vec<u8>> {
+    (0..count).map(|i| pair(&format!("k{i}"))).collect()
+}
+
+#[test]
+fn one_bad_sample_of_many_is_said_and_one_of_few_is_refused() {
+    let bad = [file("bad.jpg", b"x"), file("bad.json", b"{no json")].concat();
+    let (set, notes) = open_one(&[pairs(150), vec![bad.clone()]].concat());
+    assert_eq!(set.unwrap().len(), 150);
+    assert_eq!(notes.len(), 1);
+    for part in ["warning", "train", "150 samples", "1 BadJson", "train-00000.tar"] {
+        assert!(notes[0].contains(part), "{part}: {}", notes[0]);
+    }
+    let (set, notes) = open_one(&[pairs(50), vec![bad]].concat());
+    let said = set.err().unwrap().to_string();
+    assert!(said.contains("too much can't be used") && said.contains("1 BadJson"), "{said}");
+    assert!(notes.is_empty());
+}
+
+#[test]
+fn a_cut_shard_is_refused_however_many_samples_are_left() {
+    let whole = pairs(300).concat();
+    let (set, notes) = open_one(&[whole[..whole.len() - 2000].to_vec()]);
+    let said = set.err().unwrap().to_string();
+    assert!(said.contains("cut or damaged") && said.contains("299 samples"), "{said}");
+    assert!(said.contains("Truncated") && said.contains("train-00000.tar"), "{said}");
+    assert!(notes.is_empty());
+    // A header that is none loses all samples behind it, one fault though it is.
+    let (set, _) = open_one(&[pairs(200), vec![vec![7; 512]], vec![pair("lost")]].concat());
+    assert!(set.err().unwrap().to_string().contains("cut or damaged"));
+}
+
+#[test]
+fn what_others_keep_beside_each_sample_costs_none() {
+    let parts: Vec<_> =
+        (0..20).flat_map(|i| [pair(&format!("k{i}")), file(&format!("k{i}.txt"), b"x")]).collect();
+    let (set, notes) = open_one(&parts);
+    assert_eq!(set.unwrap().len(), 20);
+    assert!(notes[0].contains("20 Unknown"), "{}", notes[0]);
+}
+
 fn shards(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     std::fs::read_dir(folder)
         .unwrap()
@@ -354,7 +410,7 @@ fn no_concept_is_in_two_splits_and_scenes_tell_the_truth() {
     let mut things: BTreeMap<String, BTreeSet<&str>> = BTreeMap::new();
     let mut answers: BTreeMap<String, usize> = BTreeMap::new();
     for split in ["train", "val", "test"] {
-        let set = Dataset::open_split(folder.path(), split).unwrap();
+        let set = whole_split(folder.path(), split);
         for i in 0..set.len() {
             let sample = set.get(i).unwrap();
             let meta = &sample.meta;

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use blip2_train::eval::answers::{
     answers_match, names_noun, normalise_answer, plural, vqa_accuracy,
 };
-use blip2_train::eval::curves::plot_losses;
+use blip2_train::eval::curves::{plot_losses, write_losses};
 use blip2_train::eval::metrics::{Item, score_captions};
 use blip2_train::eval::ptb;
 use blip2_train::eval::report::{
@@ -414,6 +414,7 @@ fn example_report() -> Report {
             ("num_beams".into(), 3.into()),
             ("prompt".into(), "a photo of".into()),
         ]),
+        notes: vec!["warning: 1 of 4 samples can't be used".into()],
         systems: vec![
             example_scores(System::Model, 0.81, 30),
             example_scores(System::NearestNeighbour, 0.4, 12),
@@ -448,6 +449,7 @@ fn report_as_text_json_and_page() {
         "ITC + ITM",
         "text → image",
         "num_beams 3",
+        "1 of 4 samples can't be used",
     ] {
         assert!(text.contains(part), "{part:?} in\n{text}");
     }
@@ -467,6 +469,7 @@ fn report_as_text_json_and_page() {
     for forbidden in ["<script", "<b>bold", "<i>more", "http:", "https:", "@import", "url("] {
         assert!(!page.contains(forbidden), "{forbidden:?}");
     }
+    assert!(page.contains("1 of 4 samples"));
     assert!(page.contains("caption &quot;quoted&quot; &amp; &lt;b&gt;bold&lt;/b&gt;&#39;s"));
     assert_eq!(page.matches("src=\"data:image/jpeg;base64,").count(), 2);
 }
@@ -523,6 +526,12 @@ fn the_log_of_a_resumed_run_tells_one_run() {
     }
     assert_eq!(read_metrics(&path).unwrap().len(), 5, "every line is flushed as it is written");
     drop(log);
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt as _;
+        let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o644, "others may watch");
+    }
     // A kill in the middle of a line.
     let mut text = std::fs::read_to_string(&path).unwrap();
     text.push_str("{\"step\":3,\"epo");
@@ -663,4 +672,8 @@ fn loss_curves() {
     assert!(plot_losses("", &records[..1]).is_err());
     assert!(plot_losses("", &records[776..777]).is_err());
     assert!(plot_losses("two steps", &records[..2]).is_ok());
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("curves.png");
+    write_losses(&path, "mini, stage 2", &stage2).unwrap();
+    assert_eq!(image::open(&path).unwrap().to_rgb8(), second);
 }

@@ -14,7 +14,9 @@ use blip2::stage1::{Stage1, similarity};
 use blip2_ops::{Communicator, Dropout, SingleProcess, WeightFormat};
 use blip2_train::optim::{AdamW, AdamWConfig, Gradients};
 use blip2_train::rng::Rng;
-use blip2_train::steps::{Negatives, Stage1Batch, Stage1Losses, StepContext, Texts, stage1_with};
+use blip2_train::steps::{
+    Negatives, Stage1Batch, Stage1Losses, StepContext, Texts, stage1, stage1_with,
+};
 use candle_core::{DType, Tensor};
 use common::{Tensors, assert_close, config, golden, numbers, weights};
 
@@ -169,6 +171,27 @@ fn similarities_and_shared_pictures_equal_lavis() {
     ] {
         assert_close(name, loss, &golden[&format!("image_id.{name}")], 1e-4);
     }
+}
+
+#[test]
+fn pairs_of_one_picture_have_nothing_to_tell_apart() {
+    let golden = golden("stage1.safetensors");
+    let model =
+        Params::build(weights(), WeightFormat::F32, "blip2_tiny", |p| Stage1::new(p, &config()))
+            .unwrap();
+    let (off, texts) = (Dropout::off(), texts(&golden, ""));
+    let ranks: Arc<dyn Communicator> = Arc::new(SingleProcess);
+    let run = |ids: &[i64]| {
+        let context =
+            StepContext { dropout: &off, smoothing: 0.1, rng: Rng::new(0, &[]), ranks: &ranks };
+        let batch = Stage1Batch { patches: &golden["image"], texts: &texts, image_ids: Some(ids) };
+        stage1(&model, &batch, context).unwrap()
+    };
+    let mut ids = vec![7; golden["image"].dim(0).unwrap()];
+    assert!(run(&ids).is_none());
+    // One other picture is enough for all: it is everybody's negative.
+    ids[1] = 8;
+    assert!(run(&ids).unwrap().total.to_scalar::<f32>().unwrap().is_finite());
 }
 
 #[test]

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::collections::BTreeMap;
+use std::fs::{self, File};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,12 +12,15 @@ use blip2::generate::Options;
 use blip2::image::{Pixels, decode};
 use blip2::model::{Files, Model};
 use blip2_train::Result;
+use blip2_train::checkpoint::save_tensors;
 use blip2_train::data::mini::{MiniConfig, build};
-use blip2_train::data::{Dataset, Meta};
+use blip2_train::data::{Dataset, Meta, Sample, ShardWriter};
 use blip2_train::log::StepRecord;
+use blip2_train::monitor::{CURVES, RunLog};
 use blip2_train::recipe::{Recipe, RecipeFile};
 use blip2_train::tasks::{Session, Trained, train_recipe};
 use blip2_train::trainer::{Monitor, Outcome, Resume, Start};
+use candle_core::{Device, Tensor};
 
 const SAMPLES: usize = 48;
 
@@ -127,11 +131,15 @@ fn both_stages_stopped_and_resumed_give_the_same_bits_and_a_model_that_works() {
     use_it(&dir.join("model"), root.path());
 }
 
+/// A split's first sample.
+fn first(root: &Path, split: &str) -> Sample {
+    Dataset::open_split(&root.join("data"), split, &mut |_| {}).unwrap().get(0).unwrap()
+}
+
 /// The model folder serves matching and captioning.
 fn use_it(model: &Path, root: &Path) {
     let model = Model::open(Files::Folder(model.to_path_buf())).unwrap();
-    let dataset = Dataset::open_split(&root.join("data"), "test").unwrap();
-    let sample = dataset.get(0).unwrap();
+    let sample = first(root, "test");
     let picture = decode(&sample.image, Pixels::default()).unwrap();
     let captions: Vec<&str> = Meta::all_captions(&sample.meta);
     let scores = model.matcher(None, &mut |_, _, _| {}).unwrap();
@@ -175,4 +183,124 @@ fn stage_1_learns_its_drawings() {
     };
     let (first, last) = (mean(1..6), mean(55..60));
     assert!(last < first - 1.0, "loss {first} → {last}");
+}
+
+/// Three steps of stage 1 alone.
+fn short(root: &Path, changes: &[&str]) -> RecipeFile {
+    let mut file = recipe(root, &[&["stage1.train.steps=3"][..], changes].concat());
+    file.stage2 = None;
+    file
+}
+
+/// Trains as the program does.
+fn train(file: &RecipeFile, dir: &Path, resume: Resume) -> Result<Trained> {
+    let mut session = Session {
+        dir,
+        resume,
+        stop: &AtomicBool::new(false),
+        download: &mut |_, _, _| {},
+        encoding: &mut |_, _| {},
+        monitor: &mut |_, dir: &Path, recipe: &Recipe| -> Box<dyn Monitor> {
+            Box::new(RunLog::new(dir, recipe.runtime.log_every))
+        },
+    };
+    train_recipe(file, &mut session)
+}
+
+#[track_caller]
+fn refused(file: &RecipeFile, dir: &Path, resume: Resume, reasons: &[&str]) {
+    let said = train(file, dir, resume).unwrap_err().to_string();
+    assert!(reasons.iter().all(|reason| said.contains(reason)), "{reasons:?}: {said}");
+}
+
+#[test]
+fn a_finished_stage_leaves_a_picture_of_its_losses() {
+    let root = tempfile::tempdir().unwrap();
+    data(root.path());
+    let dir = root.path().join("run");
+    train(&short(root.path(), &[]), &dir, Resume::No).unwrap();
+    let picture = image::open(dir.join("stage1").join(CURVES)).unwrap();
+    assert_eq!((picture.width(), picture.height()), (1120, 560));
+}
+
+#[test]
+fn a_run_that_may_not_start_leaves_everything_as_it_is() {
+    let root = tempfile::tempdir().unwrap();
+    data(root.path());
+    let (dir, features) = (root.path().join("run"), root.path().join("features"));
+    let file = short(root.path(), &[]);
+    train(&file, &dir, Resume::No).unwrap();
+    let (vocab, manifest) = (dir.join("model/vocab.txt"), dir.join("model/model.json"));
+    fs::write(&vocab, "as it is").unwrap();
+    fs::remove_dir_all(&features).unwrap();
+    let nothing_happened = || {
+        assert_eq!(fs::read_to_string(&vocab).unwrap(), "as it is");
+        assert!(!features.exists());
+    };
+
+    refused(&file, &dir, Resume::No, &["holds a run at step 3", "--resume"]);
+    nothing_happened();
+    let other = File::create(dir.join("stage1/.lock")).unwrap();
+    other.lock().unwrap();
+    refused(&file, &dir, Resume::Yes, &["in use by another run"]);
+    nothing_happened();
+    drop(other);
+    // What the last stage lacks is said before the first one begins.
+    let late = recipe(root.path(), &["stage2.init=\"nowhere/stage1\""]);
+    refused(&late, &dir, Resume::Yes, &["nowhere/stage1"]);
+    nothing_happened();
+    let early = short(root.path(), &["stage1.init=\"nowhere/else\""]);
+    refused(&early, &dir, Resume::Yes, &["nowhere/else"]);
+    nothing_happened();
+    fs::write(&manifest, "{").unwrap();
+    refused(&file, &dir, Resume::Yes, &["model.json"]);
+    nothing_happened();
+    assert_eq!(fs::read_to_string(&manifest).unwrap(), "{");
+}
+
+#[test]
+fn weights_to_start_from_that_do_not_fit_are_refused_with_their_file() {
+    let root = tempfile::tempdir().unwrap();
+    data(root.path());
+    let path = root.path().join("start.safetensors");
+    let place = path.to_str().unwrap();
+    let dir = root.path().join("run");
+    let first = short(root.path(), &[&format!("stage1.init=\"{place}\"")]);
+    let mut second = recipe(root.path(), &[&format!("stage2.init=\"{place}\"")]);
+    second.stage1 = None;
+    let save = |value: f32| {
+        let tensor = Tensor::new(value, &Device::Cpu).unwrap();
+        save_tensors(&path, &BTreeMap::from([("a".to_owned(), tensor)])).unwrap();
+    };
+    for (value, reason) in [(f32::NAN, "a holds NaN"), (f32::NEG_INFINITY, "a holds -inf")] {
+        save(value);
+        refused(&first, &dir, Resume::No, &[place, reason]);
+        refused(&second, &dir, Resume::No, &[place, reason]);
+    }
+    save(1.0);
+    refused(&first, &dir, Resume::No, &[place, "missing"]);
+    refused(&second, &dir, Resume::No, &[place, "no query_tokens"]);
+}
+
+/// Nothing can be learnt from a batch whose captions are all the same, but no run, and no resumed one, ends for it.
+#[test]
+fn two_samples_of_one_caption_are_skipped() {
+    let root = tempfile::tempdir().unwrap();
+    data(root.path());
+    let same = root.path().join("same");
+    let mut writer = ShardWriter::new(&same, "train", 2).unwrap();
+    for key in ["a", "b"] {
+        let mut sample = Sample { key: key.into(), ..first(root.path(), "train") };
+        sample.meta.captions.clear();
+        writer.write(&sample).unwrap();
+    }
+    writer.finish().unwrap();
+    let place = format!("data.dir=\"{}\"", same.display());
+    let file = short(root.path(), &[&place, "stage1.train.batch_size=2"]);
+    let (dir, seen) = (root.path().join("run"), leak());
+    assert_eq!(run(&file, &dir, Some((1, 1)), seen), Trained::Stopped);
+    assert_eq!(hashes(&run(&file, &dir, None, seen)).len(), 1);
+    let seen = seen.lock().unwrap();
+    assert_eq!(seen.len(), 3);
+    assert!(seen.values().all(|numbers| f64::from_bits(numbers[0]).is_nan()));
 }

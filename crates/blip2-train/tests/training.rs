@@ -12,13 +12,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use blip2::params::ParamStore;
 use blip2_ops::{Communicator, SingleProcess, linear};
 use blip2_train::checkpoint::Checkpoints;
+use blip2_train::evaluate::EvalFile;
 use blip2_train::log::StepRecord;
 use blip2_train::optim::{AdamW, AdamWConfig, Gradients, clip_factor, decays};
 use blip2_train::order::BatchPlan;
 use blip2_train::recipe::{Recipe, RecipeFile};
 use blip2_train::schedule::{Position, Schedule, ScheduleKind};
 use blip2_train::trainer::{
-    Draws, Monitor, Outcome, Resume, Run, Source, Start, StepOutput, Task, train,
+    Draws, Monitor, Outcome, Resume, Run, RunFolder, Source, Start, StepOutput, Task, train,
 };
 use blip2_train::{Error, Result};
 use candle_core::{Device, Tensor, Var};
@@ -260,22 +261,53 @@ fn recipe(changes: &[&str]) -> Recipe {
 #[test]
 fn every_shipped_recipe_is_valid_and_begins_with_its_command() {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes");
-    let mut count = 0;
+    let mut count = BTreeMap::new();
     for entry in fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
         let text = fs::read_to_string(&path).unwrap();
-        if !text.lines().any(|line| line.starts_with("[stage")) {
-            continue; // of `blip2 eval`
-        }
-        let file = RecipeFile::read(&path, &[]).unwrap();
         let name = path.file_name().unwrap().to_str().unwrap();
+        let verb = if text.lines().any(|line| line.starts_with("[stage")) {
+            assert!(!RecipeFile::read(&path, &[]).unwrap().runs().is_empty());
+            "train"
+        } else {
+            EvalFile::read(&path, &[]).unwrap();
+            "eval"
+        };
         let comment: String = text.lines().take_while(|line| line.starts_with('#')).collect();
-        assert!(comment.contains(&format!("train recipes/{name}")), "{name}");
+        assert!(comment.contains(&format!("{verb} recipes/{name}")), "{name}");
         assert!(comment.contains("Cost") && comment.contains("Expected"), "{name}");
-        assert!(!file.runs().is_empty());
-        count += 1;
+        *count.entry(verb).or_insert(0) += 1;
     }
-    assert!(count >= 3);
+    assert!(count["train"] >= 3 && count["eval"] >= 2, "{count:?}");
+}
+
+#[test]
+fn the_toys_evaluation_looks_where_the_toy_was_trained() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/tiny_eval.toml");
+    let (eval, train) = (EvalFile::read(&path, &[]).unwrap(), recipe(&[]));
+    assert_eq!(eval.data.dir, train.data.dir);
+    assert_eq!(eval.data.features, train.features.dir);
+    assert_eq!((eval.data.split, eval.data.train), (train.data.test, train.data.train));
+}
+
+#[test]
+fn bad_evaluations_are_refused_with_file_and_field_named() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/tiny_eval.toml");
+    for (change, reason) in [
+        ("decode.min_new_tokens=61", "decode.min_new_tokens is 61; it must be at most"),
+        ("decode.max_new_tokens=0", "decode.max_new_tokens is 0"),
+        ("decode.num_beams=0", "decode.num_beams is 0"),
+        ("decode.length_penalty=nan", "decode.length_penalty is NaN"),
+        ("decode.length_penalty=inf", "decode.length_penalty is inf"),
+        ("data.batch_size=0", "data.batch_size is 0"),
+        ("data.colour=1", "unknown field `colour`"),
+    ] {
+        let err = EvalFile::read(&path, &[change.to_owned()]).unwrap_err();
+        assert!(matches!(err, Error::Recipe(_)));
+        let said = err.to_string();
+        assert!(said.contains(reason) && said.contains("tiny_eval.toml"), "{change}: {said}");
+        assert_eq!(said.matches("recipe: ").count(), 1, "{said}");
+    }
 }
 
 #[track_caller]
@@ -363,6 +395,8 @@ struct Toy {
     source: ToySource,
     /// Steps whose loss is NaN.
     broken: Vec<u64>,
+    /// Steps that hold nothing to learn.
+    idle: Vec<u64>,
     step: Cell<u64>,
 }
 
@@ -418,6 +452,7 @@ impl Toy {
             params: ParamStore::new(tensors).unwrap(),
             source: ToySource { samples: 50, fail_at: None },
             broken: Vec::new(),
+            idle: Vec::new(),
             step: Cell::new(0),
         }
     }
@@ -445,6 +480,9 @@ impl Task for Toy {
         _ranks: &Arc<dyn Communicator>,
     ) -> Result<StepOutput> {
         self.step.set(*step);
+        if self.idle.contains(step) {
+            return StepOutput::nothing("all samples are the same");
+        }
         let x = draws.dropout().apply(x, 0.2)?;
         let out = linear(&x, self.var("w"), Some(self.var("b")))?.broadcast_mul(self.var("s"))?;
         let noise = draws.negatives().uniform() * 0.1;
@@ -453,7 +491,8 @@ impl Task for Toy {
             loss = (loss * f64::NAN)?;
         }
         let value = loss.to_scalar()?;
-        Ok(StepOutput { loss, parts: vec![("mse", value), ("noise", noise as f32)] })
+        let parts = vec![("mse", value), ("noise", noise as f32)];
+        Ok(StepOutput { loss, parts, reason: None })
     }
 }
 
@@ -503,7 +542,8 @@ const TOY: [&str; 6] = [
 fn go(task: &Toy, dir: &Path, resume: Resume, notes: &mut Notes, more: &[&str]) -> Result<Outcome> {
     notes.stop = Arc::new(AtomicBool::new(false));
     let stop = notes.stop.clone();
-    let run = Run { dir, resume, stop: &stop, ranks: Arc::new(SingleProcess) };
+    let folder = RunFolder::claim(dir, resume)?;
+    let run = Run { folder: &folder, stop: &stop, ranks: Arc::new(SingleProcess) };
     train(task, &recipe(&[&TOY[..], more].concat()), &run, notes)
 }
 
@@ -605,12 +645,36 @@ fn a_step_that_is_not_finite_changes_nothing_and_too_many_in_a_row_end_the_run()
 }
 
 #[test]
+fn a_step_with_nothing_to_learn_is_skipped_and_counted_with_its_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut toy = Toy::new();
+    toy.idle = vec![10, 30];
+    let mut notes = Notes { stop_at: Some(11), ..Notes::default() };
+    go(&toy, &dir.path().join("a"), Resume::No, &mut notes, &[]).unwrap();
+    notes.stop_at = None;
+    // Resuming does not stumble over the same batch again.
+    go(&toy, &dir.path().join("a"), Resume::Yes, &mut notes, &[]).unwrap();
+    let skipped: Vec<_> = notes.notes.iter().filter(|note| note.contains("skipped step")).collect();
+    assert_eq!(skipped.len(), 2, "{skipped:?}");
+    assert!(skipped.iter().all(|note| note.ends_with("all samples are the same")), "{skipped:?}");
+    let state = Checkpoints::new(dir.path().join("a/checkpoints"), 3).latest().unwrap();
+    let state = state.newest.unwrap().state;
+    assert_eq!((state.step, state.optimizer_steps, state.skipped), (60, 58, 2));
+
+    let mut toy = Toy::new();
+    toy.idle = (0..60).collect();
+    let err = go(&toy, &dir.path().join("b"), Resume::No, &mut Notes::default(), &[]).unwrap_err();
+    assert!(err.to_string().ends_with("all samples are the same"), "{err}");
+}
+
+#[test]
 fn a_folder_with_another_run_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let mut notes = Notes { stop_at: Some(9), ..Notes::default() };
     go(&Toy::new(), dir.path(), Resume::No, &mut notes, &[]).unwrap();
     let err = go(&Toy::new(), dir.path(), Resume::No, &mut notes, &[]).unwrap_err().to_string();
     assert!(err.contains("holds a run at step 9"), "{err}");
+    assert!(err.contains("--resume") && err.contains("--out"), "{err}");
     let lr = ["stage1.optimizer.lr=2e-3"];
     let err = go(&Toy::new(), dir.path(), Resume::Yes, &mut notes, &lr).unwrap_err().to_string();
     assert!(err.contains("optimizer.lr (0.001 → 0.002)"), "{err}");

@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
+use blip2::pack::make_readable;
 use image::{RgbImage, RgbaImage};
 use rayon::prelude::*;
 use serde::Serialize;
@@ -197,7 +198,7 @@ fn write_whole(folder: &Path, name: &str, bytes: &[u8]) -> Result<()> {
     let mut file = tempfile::NamedTempFile::new_in(folder).map_err(Error::io(folder))?;
     file.write_all(bytes).map_err(Error::io(&path))?;
     file.as_file().sync_all().map_err(Error::io(&path))?;
-    super::shards::make_readable(&file).map_err(Error::io(&path))?;
+    make_readable(file.as_file()).map_err(Error::io(&path))?;
     file.persist(&path).map_err(|e| e.error).map_err(Error::io(&path))?;
     Ok(())
 }

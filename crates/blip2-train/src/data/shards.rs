@@ -12,6 +12,8 @@ use std::io::{BufReader, BufWriter, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
+use blip2::pack::make_readable;
+
 use super::rng::Rng;
 use super::sample::{Meta, Sample};
 use crate::{Error, Result};
@@ -25,6 +27,8 @@ pub const MAX_JSON: u64 = 1 << 20;
 const MAX_EXTENSION: u64 = 64 << 10;
 /// The longest key.
 const MAX_KEY: usize = 1024;
+/// The largest share of a split that may be unusable.
+const MAX_LOST: f64 = 0.01;
 const PICTURES: [&str; 8] = ["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"];
 
 /// Why something in a shard was not used.
@@ -90,6 +94,8 @@ pub struct Tally {
     pub faults: BTreeMap<Fault, u64>,
     /// The first eight, in words.
     pub examples: Vec<String>,
+    /// Shards that could not be read to their end; how many samples they lost, nobody knows.
+    pub cut: u64,
 }
 
 impl Tally {
@@ -106,16 +112,24 @@ impl Tally {
         self.faults.values().sum()
     }
 
-    /// Refuses data of which more than `share` (0..=1) can't be used.
+    /// Refuses data with a shard that could not be read to its end, or of which more than `share` (0..=1) can't be used.
     ///
     /// # Errors
     /// Names counts per class and the first examples.
     pub fn check(&self, share: f64) -> Result<()> {
-        let all = self.good + self.bad();
-        if all > 0 && self.bad() as f64 / all as f64 > share {
+        if self.cut > 0 {
+            return Err(Error::Data(format!("{} shards are cut or damaged: {self}", self.cut)));
+        }
+        let (lost, all) = (self.lost(), self.good + self.lost());
+        if all > 0 && lost as f64 / all as f64 > share {
             return Err(Error::Data(format!("too much can't be used: {self}")));
         }
         Ok(())
+    }
+
+    /// Faults that cost a sample: other tools put further files (a `.txt`, say) beside every sample, which cost none.
+    fn lost(&self) -> u64 {
+        self.bad() - self.faults.get(&Fault::Unknown).copied().unwrap_or_default()
     }
 }
 
@@ -161,6 +175,8 @@ struct Walk<R> {
     next: u64,
     len: u64,
     done: bool,
+    /// It ended before the file did.
+    cut: bool,
 }
 
 fn step_error(fault: Fault, name: String, detail: impl Into<String>) -> Step {
@@ -171,7 +187,7 @@ impl<R: Read + Seek> Walk<R> {
     fn new(mut file: R) -> std::io::Result<Self> {
         let len = file.seek(SeekFrom::End(0))?;
         file.seek(SeekFrom::Start(0))?;
-        Ok(Self { file, next: 0, len, done: false })
+        Ok(Self { file, next: 0, len, done: false, cut: false })
     }
 
     fn read_at(&mut self, span: Span) -> std::io::Result<Vec<u8>> {
@@ -183,7 +199,7 @@ impl<R: Read + Seek> Walk<R> {
 
     /// Ends the walk with a fault.
     fn stop(&mut self, fault: Fault, name: String, detail: impl Into<String>) -> Option<Step> {
-        self.done = true;
+        (self.done, self.cut) = (true, true);
         Some(step_error(fault, name, detail))
     }
 
@@ -196,14 +212,10 @@ impl<R: Read + Seek> Walk<R> {
             if self.next == self.len {
                 // Many writers leave out the end mark; a cut exactly here can't be told from it,
                 // unless headers announced a member.
-                self.done = true;
                 if extensions > 0 {
-                    return Some(step_error(
-                        Fault::Truncated,
-                        String::new(),
-                        "ends after a header",
-                    ));
+                    return self.stop(Fault::Truncated, String::new(), "ends after a header");
                 }
+                self.done = true;
                 return None;
             }
             if self.next + BLOCK > self.len {
@@ -542,6 +554,7 @@ impl Dataset {
                     Err(bad) => tally.add(&bad),
                 }
             }
+            tally.cut += u64::from(places.walk.cut);
             files.push((path.clone(), Mutex::new(file)));
         }
         tally.good = index.len() as u64;
@@ -551,11 +564,12 @@ impl Dataset {
         Ok(Self { files, places: index, tally })
     }
 
-    /// All shards `SPLIT-*.tar` of a folder, in the order of their names.
+    /// All shards `SPLIT-*.tar` of a folder, in the order of their names. `note` is told of samples that can't be used.
     ///
     /// # Errors
-    /// The folder can't be read or has no such shard; see [`Dataset::open`].
-    pub fn open_split(folder: &Path, split: &str) -> Result<Self> {
+    /// The folder can't be read or has no such shard, a shard is cut, or more than 1 % of the samples can't be used; see
+    /// also [`Dataset::open`].
+    pub fn open_split(folder: &Path, split: &str, note: &mut dyn FnMut(&str)) -> Result<Self> {
         let mut shards = Vec::new();
         for entry in std::fs::read_dir(folder).map_err(Error::io(folder))? {
             let entry = entry.map_err(Error::io(folder))?;
@@ -569,7 +583,13 @@ impl Dataset {
             let folder = folder.display();
             return Err(Error::Data(format!("{folder}: no {split}-*.tar")));
         }
-        Self::open(&shards)
+        let dataset = Self::open(&shards)?;
+        dataset.tally.check(MAX_LOST)?;
+        if dataset.tally.bad() > 0 {
+            let (folder, tally) = (folder.display(), &dataset.tally);
+            note(&format!("warning: {folder}, {split}: not all can be used: {tally}"));
+        }
+        Ok(dataset)
     }
 
     /// The number of samples.
@@ -773,7 +793,7 @@ impl ShardWriter {
             .map_err(std::io::IntoInnerError::into_error)
             .map_err(Error::io(&path))?;
         file.as_file().sync_all().map_err(Error::io(&path))?;
-        make_readable(&file).map_err(Error::io(&path))?;
+        make_readable(file.as_file()).map_err(Error::io(&path))?;
         file.persist(&path).map_err(|e| e.error).map_err(Error::io(&path))?;
         sync_folder(&folder);
         self.written.push(Written { name, samples: open.samples, bytes, sha256: hex(&digest) });
@@ -796,18 +816,6 @@ impl ShardWriter {
         }
         Ok(self.written)
     }
-}
-
-/// Temporary files are made for their owner alone; shards are for everybody who may see the folder.
-#[cfg(unix)]
-pub(crate) fn make_readable(file: &tempfile::NamedTempFile) -> std::io::Result<()> {
-    use std::os::unix::fs::PermissionsExt as _;
-    file.as_file().set_permissions(std::fs::Permissions::from_mode(0o644))
-}
-
-#[cfg(not(unix))]
-pub(crate) fn make_readable(_: &tempfile::NamedTempFile) -> std::io::Result<()> {
-    Ok(())
 }
 
 /// Makes a rename durable; not every file system can, and then nothing is lost but durability.

@@ -4,6 +4,7 @@
 //! strong. Lines are drawn with soft edges by their distance to each pixel; letters are a bitmap font, so that no font of
 //! the system is needed. No general plotting.
 
+use std::io::Cursor;
 use std::path::Path;
 
 use embedded_graphics::mono_font::ascii::{FONT_9X15, FONT_9X18_BOLD};
@@ -15,6 +16,7 @@ use embedded_graphics::prelude::{
 use embedded_graphics::text::{Alignment, Baseline, Text, TextStyleBuilder};
 use image::{Rgb, RgbImage};
 
+use crate::checkpoint::write_atomic;
 use crate::log::StepRecord;
 use crate::{Error, Result};
 
@@ -39,9 +41,10 @@ const COLOURS: [Rgb<u8>; 6] = [
 /// # Errors
 /// [`Error::Data`] as [`plot_losses`]; [`Error::Io`] if the file can't be written.
 pub fn write_losses(path: &Path, title: &str, records: &[StepRecord]) -> Result<()> {
-    let picture = plot_losses(title, records)?;
-    let written = picture.save_with_format(path, image::ImageFormat::Png);
-    written.map_err(|e| Error::io(path)(std::io::Error::other(e)))
+    let mut png = Cursor::new(Vec::new());
+    let written = plot_losses(title, records)?.write_to(&mut png, image::ImageFormat::Png);
+    written.map_err(|e| Error::io(path)(std::io::Error::other(e)))?;
+    write_atomic(path, &png.into_inner())
 }
 
 /// Draws the losses of `records`: 1120×560 pixels, light background. Skipped steps are left out.

@@ -168,6 +168,9 @@ pub struct Report {
     pub counts: Counts,
     /// How captions were decoded, setting by setting.
     pub decode: BTreeMap<String, serde_json::Value>,
+    /// What a reader of the numbers should know: samples that could not be used, say.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
     /// The model first, then the baselines.
     pub systems: Vec<SystemScores>,
     /// Retrieval, where it was measured.
@@ -305,6 +308,7 @@ fn facts(report: &Report) -> Vec<(&'static str, String)> {
             format!("{} pictures × {} texts, top {} re-ranked", r.pictures, r.texts, r.k_test),
         ));
     }
+    facts.extend(report.notes.iter().map(|note| ("note", note.clone())));
     facts
 }
 

@@ -48,6 +48,9 @@ const EXTRA_SAMPLES: u16 = 338;
 const SAMPLE_FORMAT: u16 = 339;
 const JPEG_TABLES: u16 = 347;
 
+/// Rows of the highest unit of a JPEG, four blocks of eight: writers may round a strip up to whole units.
+const MCU_ROWS: usize = 32;
+
 // ---------------------------------------------------------------- directory
 
 /// The first image file directory: its bytes and the order of theirs.
@@ -310,10 +313,18 @@ impl Layout {
         Ok(())
     }
 
+    /// A JPEG says its own size, and memory is taken for that: it is held to the chunk's, not only the picture's.
     fn jpeg(&self, stored: &[u8], tables: Option<&[u8]>, rows: usize) -> Fallible<Vec<u8>> {
         let header = jpeg::header(stored)?;
-        if self.bits != 8 || header.width != self.chunk.width || header.height < rows {
-            return Err(format!("a JPEG strip of {}x{}", header.width, header.height));
+        checked(header.width, header.height)?;
+        let highest = self.chunk.height.next_multiple_of(MCU_ROWS);
+        let fits = header.width == self.chunk.width && (rows..=highest).contains(&header.height);
+        if self.bits != 8 || !fits {
+            let Sides { width, height } = self.chunk;
+            return Err(format!(
+                "a JPEG of {}x{} in a strip or tile of {width}x{height} with {} bits",
+                header.width, header.height, self.bits
+            ));
         }
         let colour = match self.photometric {
             6 => jpeg::Colour::Ycc,
@@ -498,4 +509,51 @@ fn packbits(stored: &[u8], size: usize) -> Vec<u8> {
         };
     }
     data
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A grey picture of one strip that holds a JPEG of another size: its frame header and no more.
+    fn jpeg_in_tiff(picture: (u16, u16), jpeg: (u16, u16)) -> Vec<u8> {
+        let ([h0, h1], [w0, w1]) = (jpeg.1.to_be_bytes(), jpeg.0.to_be_bytes());
+        let strip = [0xFF, 0xD8, 0xFF, 0xC0, 0, 11, 8, h0, h1, w0, w1, 1, 1, 0x11, 0];
+        let entries = [
+            (WIDTH, u32::from(picture.0)),
+            (HEIGHT, u32::from(picture.1)),
+            (BITS, 8),
+            (COMPRESSION, 7),
+            (PHOTOMETRIC, 1),
+            (STRIP_OFFSETS, 8 + 2 + 7 * 12),
+            (STRIP_BYTES, strip.len() as u32),
+        ];
+        let mut file = b"II*\0\x08\0\0\0\x07\0".to_vec();
+        for (tag, value) in entries {
+            file.extend(tag.to_le_bytes());
+            file.extend([4, 0, 1, 0, 0, 0]);
+            file.extend(value.to_le_bytes());
+        }
+        file.extend(strip);
+        file
+    }
+
+    #[test]
+    fn a_jpeg_beyond_its_strip_is_refused_by_its_header() {
+        for (picture, jpeg, reason) in [
+            ((65_535, 1), (65_535, 65_535), "limit is 100 megapixels"),
+            ((10_000, 10_000), (10_000, 10_016), "limit is 100 megapixels"),
+            ((64, 8), (64, 65_535), "a JPEG of 64x65535 in a strip or tile of 64x8"),
+            ((64, 8), (64, 33), "a JPEG of 64x33"),
+            ((64, 8), (64, 7), "a JPEG of 64x7"),
+            ((64, 8), (65, 8), "a JPEG of 65x8"),
+            // Sizes that fit get as far as the data, of which there is none.
+            ((64, 8), (64, 8), "cut"),
+            ((64, 8), (64, 32), "cut"),
+        ] {
+            let file = jpeg_in_tiff(picture, jpeg);
+            let said = decode(&file, Pixels::Default).err().unwrap_or_default();
+            assert!(said.contains(reason), "{jpeg:?} in {picture:?}: {said}");
+        }
+    }
 }
