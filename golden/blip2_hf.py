@@ -23,6 +23,7 @@ from transformers import (
     BlipImageProcessor,
     OPTConfig,
     PreTrainedTokenizerFast,
+    T5Config,
 )
 
 from common import arguments, versions, write_json, write_tensors
@@ -37,12 +38,30 @@ SEARCHES = {
     "long_beams": dict(num_beams=3, max_new_tokens=7, length_penalty=1.5),
 }
 OPT = dict(num_hidden_layers=2, num_attention_heads=3, hidden_size=27, ffn_dim=40, max_position_embeddings=60)
+T5 = dict(d_model=26, d_kv=7, d_ff=38, num_layers=3, num_heads=3, relative_attention_num_buckets=8, relative_attention_max_distance=12)
 # name: (seed, type of the stored weights, largest shard, language model)
 CASES = {
     "opt_f32": (1, torch.float32, "1GB", OPT),
     "opt_f16_sharded": (2, torch.float16, "20KB", {**OPT, "num_attention_heads": 2, "hidden_size": 22}),
     "opt_bf16_untied": (3, torch.bfloat16, "1GB", {**OPT, "tie_word_embeddings": False}),
+    # As the published files: a gate, the error-function GELU, a head of its own.
+    "t5_bf16": (4, torch.bfloat16, "1GB", {**T5, "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu", "tie_word_embeddings": False}),
+    "t5_f16_tied": (5, torch.float16, "60KB", {**T5, "feed_forward_proj": "relu", "num_layers": 2, "tie_word_embeddings": True}),
+    "t5_f32_tanh": (6, torch.float32, "1GB", {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
 }
+
+
+def sentence_pieces():
+    """Unigram pieces as T5's, the end token behind every text."""
+    letters = list("abcdefghijklmnopqrstuvwxyzQA?:. ")
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("▁what", -4.0), ("▁is", -4.0), ("▁a", -3.5), ("▁photo", -5.0)]
+    pieces += [(letter, -3.0 - i / 10) for i, letter in enumerate(letters) if letter != " "]
+    inner = Tokenizer(models.Unigram(pieces, unk_id=2))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    inner.decoder = decoders.Metaspace()
+    inner.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    inner.add_special_tokens([AddedToken(token, special=True) for token in ("<pad>", "</s>", "<unk>")])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
 
 
 def tokenizer():
@@ -62,10 +81,15 @@ def build(name):
     """Processor and model of a case; weights already rounded to the stored type, held in f32."""
     seed, dtype, shard, language = CASES[name]
     images = BlipImageProcessor(size={"height": IMAGE, "width": IMAGE})
-    processor = Blip2Processor(images, tokenizer(), num_query_tokens=QUERIES)
+    t5 = "d_model" in language
+    processor = Blip2Processor(images, sentence_pieces() if t5 else tokenizer(), num_query_tokens=QUERIES)
     ids = len(processor.tokenizer)
-    newline = processor.tokenizer("\n", add_special_tokens=False).input_ids[0]
-    text = OPTConfig(vocab_size=ids + 3, word_embed_proj_dim=language["hidden_size"], eos_token_id=newline, bos_token_id=2, pad_token_id=1, **language)
+    if t5:
+        end = 1
+        text = T5Config(vocab_size=ids + 3, bos_token_id=1, eos_token_id=1, pad_token_id=0, decoder_start_token_id=0, **language)
+    else:
+        end = processor.tokenizer("\n", add_special_tokens=False).input_ids[0]
+        text = OPTConfig(vocab_size=ids + 3, word_embed_proj_dim=language["hidden_size"], eos_token_id=end, bos_token_id=2, pad_token_id=1, **language)
     config = Blip2Config(
         vision_config=Blip2VisionConfig(hidden_size=20, intermediate_size=36, num_hidden_layers=2, num_attention_heads=2, image_size=IMAGE, patch_size=PATCH).to_dict(),
         qformer_config=Blip2QFormerConfig(hidden_size=24, num_hidden_layers=4, num_attention_heads=3, intermediate_size=44, cross_attention_frequency=3, encoder_hidden_size=20, vocab_size=50).to_dict(),
@@ -81,11 +105,13 @@ def build(name):
         norm = ("norm" in key.lower()) and key.endswith("weight")
         scale = 1.0 if "embed" in key or "query_tokens" in key else 1.5 / max(parameter.shape[-1], 1) ** 0.5
         # Words of a tied model that are too large only repeat themselves.
-        scale *= 0.25 if "embed_tokens" in key else 1.0
+        scale *= 0.25 if "embed_tokens" in key or "shared" in key else 1.0
+        # T5 does not scale its scores.
+        scale *= 0.6 if "SelfAttention.q" in key or "EncDecAttention.q" in key else 1.0
         parameter.data = 1 + 0.2 * noise if norm else noise * scale
     # Small enough that sentences end, now and then.
     head = model.language_model.get_output_embeddings().weight.data
-    head[newline] *= 1.6
+    head[end] *= 1.6
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype).float()
     if language.get("tie_word_embeddings", True):
@@ -111,7 +137,10 @@ def search(model, processor, image, prompt, options):
     if not prompt:
         inputs.pop("input_ids", None), inputs.pop("attention_mask", None)
     out = model.generate(**inputs, do_sample=False, return_dict_in_generate=True, output_scores=True, output_logits=True, **options)
-    prefix = inputs.input_ids.shape[1] if "input_ids" in inputs else QUERIES + 1
+    if model.config.text_config.model_type == "t5":
+        prefix = 1
+    else:
+        prefix = inputs.input_ids.shape[1] if "input_ids" in inputs else QUERIES + 1
     tokens = out.sequences[0, prefix:].tolist()
     stop = model.generation_config.eos_token_id
     if stop in tokens:
@@ -131,6 +160,7 @@ def main():
         processor, model, dtype, shard = build(name)
         model.generation_config.eos_token_id = model.config.text_config.eos_token_id
         model.generation_config.bos_token_id = model.config.text_config.bos_token_id
+        model.generation_config.decoder_start_token_id = getattr(model.config.text_config, "decoder_start_token_id", None)
         model.generation_config.pad_token_id = model.config.text_config.pad_token_id
         folder = os.path.join(args.out, "hf", name)
         shutil.rmtree(folder, ignore_errors=True)

@@ -117,6 +117,58 @@ const HF_OPT: &[Row] = &[
     ("lm_head", "lm_head"),
 ];
 
+/// A T5 v1.1, as transformers names it.
+const HF_T5: &[Row] = &[
+    ("shared", "words"),
+    // The same table again.
+    ("encoder.embed_tokens", ""),
+    ("decoder.embed_tokens", ""),
+    ("encoder.block.{}.layer.0.SelfAttention.q", "encoder.blocks.{}.attn.q"),
+    ("encoder.block.{}.layer.0.SelfAttention.k", "encoder.blocks.{}.attn.k"),
+    ("encoder.block.{}.layer.0.SelfAttention.v", "encoder.blocks.{}.attn.v"),
+    ("encoder.block.{}.layer.0.SelfAttention.o", "encoder.blocks.{}.attn.out"),
+    (
+        "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias",
+        "encoder.blocks.{}.relative_bias",
+    ),
+    ("encoder.block.{}.layer.0.layer_norm", "encoder.blocks.{}.attn_norm"),
+    ("encoder.block.{}.layer.1.DenseReluDense.wi_0", "encoder.blocks.{}.ffn.gate"),
+    ("encoder.block.{}.layer.1.DenseReluDense.wi_1", "encoder.blocks.{}.ffn.up"),
+    ("encoder.block.{}.layer.1.DenseReluDense.wi", "encoder.blocks.{}.ffn.up"),
+    ("encoder.block.{}.layer.1.DenseReluDense.wo", "encoder.blocks.{}.ffn.down"),
+    ("encoder.block.{}.layer.1.layer_norm", "encoder.blocks.{}.ffn_norm"),
+    ("encoder.final_layer_norm", "encoder.final_norm"),
+    ("decoder.block.{}.layer.0.SelfAttention.q", "decoder.blocks.{}.attn.q"),
+    ("decoder.block.{}.layer.0.SelfAttention.k", "decoder.blocks.{}.attn.k"),
+    ("decoder.block.{}.layer.0.SelfAttention.v", "decoder.blocks.{}.attn.v"),
+    ("decoder.block.{}.layer.0.SelfAttention.o", "decoder.blocks.{}.attn.out"),
+    (
+        "decoder.block.{}.layer.0.SelfAttention.relative_attention_bias",
+        "decoder.blocks.{}.relative_bias",
+    ),
+    ("decoder.block.{}.layer.0.layer_norm", "decoder.blocks.{}.attn_norm"),
+    ("decoder.block.{}.layer.1.EncDecAttention.q", "decoder.blocks.{}.cross.q"),
+    ("decoder.block.{}.layer.1.EncDecAttention.k", "decoder.blocks.{}.cross.k"),
+    ("decoder.block.{}.layer.1.EncDecAttention.v", "decoder.blocks.{}.cross.v"),
+    ("decoder.block.{}.layer.1.EncDecAttention.o", "decoder.blocks.{}.cross.out"),
+    ("decoder.block.{}.layer.1.layer_norm", "decoder.blocks.{}.cross_norm"),
+    ("decoder.block.{}.layer.2.DenseReluDense.wi_0", "decoder.blocks.{}.ffn.gate"),
+    ("decoder.block.{}.layer.2.DenseReluDense.wi_1", "decoder.blocks.{}.ffn.up"),
+    ("decoder.block.{}.layer.2.DenseReluDense.wi", "decoder.blocks.{}.ffn.up"),
+    ("decoder.block.{}.layer.2.DenseReluDense.wo", "decoder.blocks.{}.ffn.down"),
+    ("decoder.block.{}.layer.2.layer_norm", "decoder.blocks.{}.ffn_norm"),
+    ("decoder.final_layer_norm", "decoder.final_norm"),
+    ("lm_head", "lm_head"),
+];
+
+/// Renames the tensors of a T5.
+///
+/// # Errors
+/// If a tensor is none of T5's.
+pub fn from_hf_t5<T>(tensors: BTreeMap<String, T>) -> Result<BTreeMap<String, T>> {
+    rename(tensors, |name| look_up(HF_T5, name))
+}
+
 /// Renames the image encoder of a Hugging Face BLIP-2; names lack their leading `vision_model.`.
 ///
 /// # Errors

@@ -302,10 +302,13 @@ impl Checkpoint {
     /// Text before a caption, and before an answer (`{}` stands for the question): what the paper used with this family.
     #[must_use]
     pub fn prompts(&self) -> (&'static str, &'static str) {
-        match self.ids().model_type.as_deref() {
-            Some("t5") => ("", "Question: {} Short answer:"),
-            _ => ("", "Question: {} Answer:"),
-        }
+        let question =
+            if self.is_t5() { "Question: {} Short answer:" } else { "Question: {} Answer:" };
+        ("", question)
+    }
+
+    fn is_t5(&self) -> bool {
+        self.ids().model_type.as_deref() == Some("t5")
     }
 
     fn ids(&self) -> TextIds {
@@ -316,7 +319,7 @@ impl Checkpoint {
     #[must_use]
     pub fn end_ids(&self) -> Vec<u32> {
         let ids = self.generation.eos_token_id.clone().or_else(|| self.ids().eos_token_id);
-        ids.map_or_else(|| vec![2], |ids| ids.list())
+        ids.map_or_else(|| vec![if self.is_t5() { 1 } else { 2 }], |ids| ids.list())
     }
 
     /// The language model's tokenizer.
@@ -328,10 +331,14 @@ impl Checkpoint {
         let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
         let ids = self.ids();
         let eos = self.end_ids().first().copied().unwrap_or(2);
-        let special = SpecialIds {
-            bos: self.generation.bos_token_id.or(ids.bos_token_id).or(Some(2)),
-            eos,
-            pad: self.generation.pad_token_id.or(ids.pad_token_id).unwrap_or(1),
+        let special = if self.is_t5() {
+            SpecialIds { bos: None, eos, pad: ids.pad_token_id.unwrap_or(0) }
+        } else {
+            SpecialIds {
+                bos: self.generation.bos_token_id.or(ids.bos_token_id).or(Some(2)),
+                eos,
+                pad: self.generation.pad_token_id.or(ids.pad_token_id).unwrap_or(1),
+            }
         };
         Tokenizer::from_json(&bytes, special).map_err(|e| Error::file(&path, e.to_string()))
     }

@@ -25,6 +25,7 @@ pub mod qformer;
 pub mod stage1;
 pub mod stage2;
 pub mod stored;
+pub mod t5;
 pub mod tokenizer;
 pub mod vit;
 mod vit_onnx;

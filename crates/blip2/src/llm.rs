@@ -19,6 +19,7 @@ use crate::nn::mask::{Branch, Layout};
 use crate::opt::{Opt, OptConfig};
 use crate::params::Params;
 use crate::stored::{self, Stored};
+use crate::t5::{Memory, T5, T5Config};
 use crate::tokenizer::{SpecialIds, Tokenizer};
 use crate::{Error, Result, checkpoint};
 
@@ -28,6 +29,8 @@ pub enum Llm {
     Llama(Llama),
     /// OPT.
     Opt(Opt),
+    /// T5 v1.1, FlanT5.
+    T5(T5),
 }
 
 impl Llm {
@@ -77,8 +80,17 @@ impl Llm {
                 })?;
                 Ok(Self::Opt(opt))
             }
+            Some("t5") => {
+                let shape = T5Config::deserialize(config)
+                    .map_err(|e| wrong(Error::Config(e.to_string())))?;
+                let tensors = checkpoint::from_hf_t5(tensors).map_err(wrong)?;
+                let t5 = Params::build(tensors, format, &origin.to_string_lossy(), |p| {
+                    T5::new(p, &shape)
+                })?;
+                Ok(Self::T5(t5))
+            }
             other => Err(wrong(Error::Config(format!(
-                "a language model of the family {other:?}; known are llama and opt"
+                "a language model of the family {other:?}; known are llama, opt and t5"
             )))),
         }
     }
@@ -99,6 +111,7 @@ impl Llm {
         match self {
             Self::Llama(llama) => llama.words(),
             Self::Opt(opt) => opt.words(),
+            Self::T5(t5) => t5.words(),
         }
     }
 
@@ -107,6 +120,7 @@ impl Llm {
         match self {
             Self::Llama(llama) => llama.config().width,
             Self::Opt(opt) => opt.config().hidden_size,
+            Self::T5(t5) => t5.config().d_model,
         }
     }
 
@@ -115,15 +129,13 @@ impl Llm {
         match self {
             Self::Llama(llama) => llama.config().vocab_size,
             Self::Opt(opt) => opt.num_logits(),
+            Self::T5(t5) => t5.num_logits(),
         }
     }
 
-    /// Most positions, prompt and generated text together.
-    pub fn max_len(&self) -> usize {
-        match self {
-            Self::Llama(llama) => llama.config().max_len,
-            Self::Opt(opt) => opt.config().max_position_embeddings,
-        }
+    /// Whether an encoder reads the prompt, end token included, and a decoder writes.
+    pub fn has_encoder(&self) -> bool {
+        matches!(self, Self::T5(_))
     }
 
     /// Id that starts a text, if the model has one.
@@ -131,6 +143,7 @@ impl Llm {
         match self {
             Self::Llama(llama) => llama.config().bos,
             Self::Opt(opt) => Some(opt.config().bos_token_id),
+            Self::T5(_) => None,
         }
     }
 
@@ -139,6 +152,7 @@ impl Llm {
         match self {
             Self::Llama(llama) => llama.config().eos,
             Self::Opt(opt) => opt.config().eos_token_id,
+            Self::T5(t5) => t5.config().eos_token_id,
         }
     }
 
@@ -147,6 +161,7 @@ impl Llm {
         match self {
             Self::Llama(llama) => llama.new_cache(),
             Self::Opt(opt) => opt.new_cache(),
+            Self::T5(_) => KvCaches::new(0),
         }
     }
 
@@ -165,7 +180,7 @@ impl Llm {
         }
         let words = self.words().rows(&flat)?.reshape((b, t, width))?;
         match self {
-            Self::Llama(_) => Ok(words),
+            Self::Llama(_) | Self::T5(_) => Ok(words),
             Self::Opt(opt) => opt.widen(words),
         }
     }
@@ -208,6 +223,7 @@ impl Llm {
         match self {
             Self::Llama(llama) => llama.forward(x, layout, cache),
             Self::Opt(opt) => opt.forward(x, layout, cache),
+            Self::T5(_) => Err(encoder_decoder()),
         }
     }
 
@@ -219,8 +235,16 @@ impl Llm {
         match self {
             Self::Llama(llama) => llama.logits(hidden),
             Self::Opt(opt) => opt.logits(hidden),
+            Self::T5(_) => Err(encoder_decoder()),
         }
     }
+}
+
+fn encoder_decoder() -> Error {
+    Error::Config(
+        "T5 reads with an encoder and writes with a decoder: it can caption and answer, but is not trained through yet"
+            .into(),
+    )
 }
 
 /// A language model in Hugging Face layout.
@@ -243,7 +267,17 @@ pub struct LlmDecoder<'a> {
     llm: &'a Llm,
     prompt: Tensor,
     mask: Vec<Vec<bool>>,
-    cache: KvCaches,
+    seen: Seen,
+    /// What the decoder of an encoder–decoder starts with.
+    start_ids: Vec<u32>,
+}
+
+/// What has been read and written so far.
+enum Seen {
+    /// One cache holds prompt and text.
+    Cache(KvCaches),
+    /// An encoder has read the prompt; none before the start.
+    Memory(Option<Memory>),
 }
 
 impl<'a> LlmDecoder<'a> {
@@ -264,33 +298,52 @@ impl<'a> LlmDecoder<'a> {
         if let Some(row) = mask.iter().position(|row| !row.contains(&true)) {
             return Err(Error::Config(format!("row {row} of the prompt is empty")));
         }
-        Ok(Self { llm, prompt, mask, cache: llm.new_cache() })
-    }
-}
-
-impl StepModel for LlmDecoder<'_> {
-    fn start(&mut self) -> Result<Tensor> {
-        self.cache = self.llm.new_cache();
+        let (seen, start_ids) = match llm {
+            Llm::T5(t5) => (Seen::Memory(None), vec![t5.config().decoder_start_token_id]),
+            Llm::Llama(_) | Llm::Opt(_) => (Seen::Cache(llm.new_cache()), Vec::new()),
+        };
         // Decoding needs no gradient; with a tracked prompt the cache would keep the graph alive.
-        let prompt = self.prompt.detach();
-        let hidden = self.llm.hidden(&prompt, &self.mask, Some(&mut self.cache))?;
+        Ok(Self { llm, prompt: prompt.detach(), mask, seen, start_ids })
+    }
+
+    /// A decoder reads the prompt: logits behind the last position of each row that holds something.
+    fn read_prompt(&mut self) -> Result<Tensor> {
+        let mut cache = self.llm.new_cache();
+        let hidden = self.llm.hidden(&self.prompt, &self.mask, Some(&mut cache))?;
+        self.seen = Seen::Cache(cache);
         let (b, t, d) = hidden.dims3()?;
-        // The last position that holds something; with left padding that is the last column.
+        // With left padding that is the last column.
         let last = |row: &Vec<bool>| row.iter().rposition(|visible| *visible).unwrap_or(t - 1);
         let rows: Vec<u32> =
             self.mask.iter().enumerate().map(|(i, row)| (i * t + last(row)) as u32).collect();
         let rows = Tensor::from_vec(rows, b, &Device::Cpu)?;
         self.llm.logits(&hidden.reshape((b * t, d))?.index_select(&rows, 0)?)
     }
+}
+
+impl StepModel for LlmDecoder<'_> {
+    fn start(&mut self) -> Result<Tensor> {
+        let Llm::T5(t5) = self.llm else { return self.read_prompt() };
+        let mut memory = t5.encode(&self.prompt, &self.mask)?;
+        let starts = vec![t5.config().decoder_start_token_id; memory.rows()];
+        let logits = t5.decode(&starts, &mut memory)?;
+        self.seen = Seen::Memory(Some(memory));
+        Ok(logits)
+    }
 
     fn step(&mut self, ids: &[u32]) -> Result<Tensor> {
-        let ids = Tensor::from_slice(ids, (ids.len(), 1), &Device::Cpu)?;
-        for row in &mut self.mask {
-            row.push(true);
+        match (self.llm, &mut self.seen) {
+            (Llm::T5(t5), Seen::Memory(Some(memory))) => t5.decode(ids, memory),
+            (llm, Seen::Cache(cache)) => {
+                let ids = Tensor::from_slice(ids, (ids.len(), 1), &Device::Cpu)?;
+                for row in &mut self.mask {
+                    row.push(true);
+                }
+                let hidden = llm.hidden(&llm.embed(&ids)?, &self.mask, Some(cache))?; // (rows, 1, d)
+                llm.logits(&hidden.squeeze(1)?)
+            }
+            _ => Err(Error::Config("a step before the start".into())),
         }
-        let x = self.llm.embed(&ids)?;
-        let hidden = self.llm.hidden(&x, &self.mask, Some(&mut self.cache))?; // (rows, 1, d)
-        self.llm.logits(&hidden.squeeze(1)?)
     }
 
     fn reorder(&mut self, rows: &[usize]) -> Result<()> {
@@ -299,6 +352,13 @@ impl StepModel for LlmDecoder<'_> {
         }
         self.mask = rows.iter().map(|row| self.mask[*row].clone()).collect();
         let rows: Vec<u32> = rows.iter().map(|row| *row as u32).collect();
-        self.cache.reorder(&rows)
+        match &mut self.seen {
+            Seen::Cache(cache) => cache.reorder(&rows),
+            Seen::Memory(memory) => memory.as_mut().map_or(Ok(()), |memory| memory.reorder(&rows)),
+        }
+    }
+
+    fn prompt_ids(&self) -> &[u32] {
+        &self.start_ids
     }
 }

@@ -499,8 +499,14 @@ impl Captioner {
             return Err(Error::Config(format!("{} prompts for {b} pictures", prompts.len())));
         }
         let soft = self.bridge.soft_words(patches, &Dropout::off())?;
-        let ids =
-            prompts.iter().map(|p| prompt_ids(&self.tokenizer, p)).collect::<Result<Vec<_>>>()?;
+        let ids = prompts
+            .iter()
+            .map(|prompt| match self.llm.has_encoder() {
+                // An encoder reads whole texts, which end.
+                true => self.tokenizer.encode(prompt, true),
+                false => prompt_ids(&self.tokenizer, prompt),
+            })
+            .collect::<Result<Vec<_>>>()?;
         let (embeds, mask) = join_left_padded(&soft, &ids, &self.llm)?;
         let mut options = options.clone();
         if options.eos.is_empty() {

@@ -10,6 +10,25 @@ use super::{KvCache, Linear};
 use crate::Result;
 use crate::params::Params;
 
+/// The shape of an attention layer.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttentionShape {
+    /// Features of what asks, and of the result.
+    pub width: usize,
+    /// Features of what is looked at.
+    pub key_width: usize,
+    /// Features of queries, keys and values, all heads together.
+    pub inner: usize,
+    /// Heads.
+    pub num_heads: usize,
+    /// Factor of the scores.
+    pub scale: f32,
+    /// Whether the projections have biases.
+    pub bias: bool,
+    /// Probability of dropping an attention weight, in training.
+    pub dropout: f32,
+}
+
 /// Projections `q`, `k`, `v`, `out` around scaled dot-product attention.
 #[derive(Debug, Clone)]
 pub struct Attention {
@@ -34,17 +53,30 @@ impl Attention {
         num_heads: usize,
         dropout: f32,
     ) -> Result<Self> {
-        if num_heads == 0 || !width.is_multiple_of(num_heads) {
+        let scale = 1.0 / ((width / num_heads.max(1)) as f32).sqrt();
+        let inner = width;
+        Self::of_shape(
+            params,
+            &AttentionShape { width, key_width, inner, num_heads, scale, bias: true, dropout },
+        )
+    }
+
+    /// Reads `q` (inner, width), `k` and `v` (inner, `key_width`) and `out` (width, inner); the heads must divide inner.
+    ///
+    /// # Errors
+    /// If the heads don't divide the inner width.
+    pub fn of_shape(params: &Params, shape: &AttentionShape) -> Result<Self> {
+        let &AttentionShape { width, key_width, inner, num_heads, scale, bias, dropout } = shape;
+        if num_heads == 0 || !inner.is_multiple_of(num_heads) {
             return Err(crate::Error::Config(format!(
-                "{num_heads} heads do not divide the width {width}"
+                "{num_heads} heads do not divide the width {inner}"
             )));
         }
-        let scale = 1.0 / ((width / num_heads) as f32).sqrt();
         Ok(Self {
-            q: params.pp("q").linear(width, width, true)?,
-            k: params.pp("k").linear(key_width, width, true)?,
-            v: params.pp("v").linear(key_width, width, true)?,
-            out: params.pp("out").linear(width, width, true)?,
+            q: params.pp("q").linear(width, inner, bias)?,
+            k: params.pp("k").linear(key_width, inner, bias)?,
+            v: params.pp("v").linear(key_width, inner, bias)?,
+            out: params.pp("out").linear(inner, width, bias)?,
             heads: Heads { heads: num_heads, kv_heads: num_heads, scale },
             dropout,
         })

@@ -15,6 +15,8 @@ pub enum Activation {
     Gelu,
     /// `x·σ(1.702·x)`, CLIP's approximation.
     QuickGelu,
+    /// GELU by way of a hyperbolic tangent, T5's.
+    GeluNew,
     /// `max(x, 0)`.
     Relu,
 }
@@ -28,6 +30,7 @@ impl Activation {
         Ok(match self {
             Self::Gelu => blip2_ops::gelu(x)?,
             Self::QuickGelu => blip2_ops::quick_gelu(x)?,
+            Self::GeluNew => x.gelu()?,
             Self::Relu => x.relu()?,
         })
     }

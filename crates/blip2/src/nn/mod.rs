@@ -8,7 +8,7 @@ mod mlp;
 mod norm;
 mod positions;
 
-pub use attention::Attention;
+pub use attention::{Attention, AttentionShape};
 pub use kv_cache::{KvCache, KvCaches};
 pub use linear::Linear;
 pub use mlp::{Activation, Mlp};
