@@ -59,7 +59,18 @@ const LIBRARY_ORDER: &[(&str, &[&str])] = &[
     ("stage2", &["error", "nn", "params", "qformer"]),
     (
         "hf",
-        &["error", "nn", "stored", "checkpoint", "image", "tokenizer", "vit", "qformer", "stage2"],
+        &[
+            "error",
+            "nn",
+            "stored",
+            "checkpoint",
+            "image",
+            "tokenizer",
+            "vit",
+            "qformer",
+            "stage1",
+            "stage2",
+        ],
     ),
     (
         "model",

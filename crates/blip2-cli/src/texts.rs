@@ -1,14 +1,18 @@
 //! Texts as the bridge was trained on them, with a word of warning where one is cut.
 
-use blip2::model::Model;
+use blip2::model::{Files, Model};
 use blip2::tokenizer::Tokenizer;
 use blip2_train::data::text::pre_caption;
 use blip2_train::tasks::MAX_WORDS;
 
 use crate::progress::say;
 
-/// What `model` reads of each text: lower case, without most punctuation, as captions were in training.
+/// What `model` reads of each text: lower case, without most punctuation, as captions were in training. transformers
+/// hands texts to its checkpoints as they are.
 pub(crate) fn prepare(model: &Model, typed: &[String]) -> anyhow::Result<Vec<String>> {
+    if matches!(model.files(), Files::HuggingFace(_)) {
+        return Ok(typed.to_vec());
+    }
     if let (Some(part), false) = (&model.manifest.stage1, typed.is_empty()) {
         let tokenizer = Tokenizer::from_wordpiece_vocab(&model.files().read(&part.vocab)?)?;
         for text in typed {

@@ -58,7 +58,7 @@ fn config() -> Stage1Config {
         num_queries: 16,
         ..QFormerConfig::base(384)
     };
-    Stage1Config { qformer, embed_dim: 256, ln_vision_eps: 1e-5 }
+    Stage1Config { qformer, embed_dim: 256, ln_vision_eps: 1e-5, matching_only: false }
 }
 
 fn normal(shape: &[usize], seed: u64, scale: f64) -> Result<Tensor> {

@@ -340,41 +340,38 @@ fn ask(
     Ok(said)
 }
 
-/// The same model, shown white paper: what it knows without looking.
+/// The same model, shown white paper: what it knows without looking. The picture never changes, so each question is asked
+/// once, however many pictures it is about.
 fn ask_blind(
     captioner: &Captioner,
     exams: &[Exam],
     file: &EvalFile,
     say: &mut dyn FnMut(&str, u64, u64),
 ) -> Result<Vec<Said>> {
+    /// Questions between two words of progress.
+    const PART: usize = 64;
     let side = captioner.vision().config().image_size as u32;
     let blank = Rgb { width: side, height: side, data: vec![255; (side * side * 3) as usize] };
     let blank = captioner.vision().encode(&[blank])?;
-    // The picture never changes, so the same question always gets the same answer.
-    let mut answers: BTreeMap<String, String> = BTreeMap::new();
-    let mut caption = None;
-    let mut said = Vec::with_capacity(exams.len());
-    for (i, exam) in exams.iter().enumerate() {
-        say("blind", i as u64, exams.len() as u64);
-        let open =
-            exam.questions.iter().filter(|(question, _)| !answers.contains_key(question.as_str()));
-        let open: Vec<_> = open.cloned().collect();
-        if caption.is_none() || !open.is_empty() {
-            let found = ask(captioner, &[&open], &blank, file)?.pop();
-            let found = found.unwrap_or(Said { caption: String::new(), answers: Vec::new() });
-            caption.get_or_insert(found.caption);
-            answers.extend(open.into_iter().map(|(question, _)| question).zip(found.answers));
-        }
-        said.push(Said {
-            caption: caption.clone().unwrap_or_default(),
-            answers: exam
-                .questions
-                .iter()
-                .map(|(q, _)| answers.get(q.as_str()).cloned().unwrap_or_default())
-                .collect(),
-        });
+    let all = exams.iter().flat_map(|exam| &exam.questions);
+    let distinct: BTreeMap<&str, &Question> = all.map(|asked| (asked.0.as_str(), asked)).collect();
+    let asked: Vec<Question> = distinct.into_values().cloned().collect();
+    let mut answers: BTreeMap<&str, String> = BTreeMap::new();
+    let caption = ask(captioner, &[&[]], &blank, file)?.pop().map(|said| said.caption);
+    for (i, part) in asked.chunks(PART).enumerate() {
+        say("blind", (i * PART) as u64, asked.len() as u64);
+        let said = ask(captioner, &[part], &blank, file)?.pop();
+        let found = said.map(|said| said.answers).unwrap_or_default();
+        answers.extend(part.iter().map(|(question, _)| question.as_str()).zip(found));
     }
-    Ok(said)
+    let caption = caption.unwrap_or_default();
+    let answer =
+        |(question, _): &Question| answers.get(question.as_str()).cloned().unwrap_or_default();
+    let said = |exam: &Exam| Said {
+        caption: caption.clone(),
+        answers: exam.questions.iter().map(answer).collect(),
+    };
+    Ok(exams.iter().map(said).collect())
 }
 
 /// The training pictures among which the nearest neighbour looks: normalised class tokens (n, width), and what is said of

@@ -160,6 +160,7 @@ impl Base {
             },
             embed_dim: section.embed_dim,
             ln_vision_eps: LN_VISION_EPS,
+            matching_only: false,
         })
     }
 

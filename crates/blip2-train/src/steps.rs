@@ -120,7 +120,7 @@ pub fn stage1_with(
     let all_texts = gather_features(&text, ranks)?;
     let gathered =
         Gathered { images: &all_images, texts: &all_texts, first, image_ids: all_ids.as_deref() };
-    let itc = losses::itc(&image.embeds, &text, &gathered, model.temp(), context.smoothing)?;
+    let itc = losses::itc(&image.embeds, &text, &gathered, model.temp()?, context.smoothing)?;
 
     let same = |row: usize, column: usize| match &all_ids {
         Some(ids) => ids[first + row] == ids[column],

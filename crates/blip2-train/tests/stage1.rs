@@ -154,7 +154,8 @@ fn similarities_and_shared_pictures_equal_lavis() {
     let (off, texts) = (Dropout::off(), texts(&golden, ""));
     let image = model.image(&golden["image"], &off).unwrap();
     let text = model.text(&texts.ids, &texts.tokens, &off).unwrap();
-    let sim = similarity(&image.embeds, &text).unwrap().broadcast_div(model.temp()).unwrap();
+    let sim =
+        similarity(&image.embeds, &text).unwrap().broadcast_div(model.temp().unwrap()).unwrap();
     assert_close("sim_i2t", &sim, &golden["sim_i2t"], 1e-4);
     assert_close("sim_t2i", &sim.t().unwrap(), &golden["sim_t2i"], 1e-4);
 

@@ -90,13 +90,22 @@ const HF_QFORMER: &[Row] = &[
     ("encoder.layer.{}.intermediate_query.dense", "qformer.layers.{}.ffn_query.fc1"),
     ("encoder.layer.{}.output_query.dense", "qformer.layers.{}.ffn_query.fc2"),
     ("encoder.layer.{}.output_query.LayerNorm", "qformer.layers.{}.ffn_query.norm"),
+    ("encoder.layer.{}.intermediate.dense", "qformer.layers.{}.ffn_text.fc1"),
+    ("encoder.layer.{}.output.dense", "qformer.layers.{}.ffn_text.fc2"),
+    ("encoder.layer.{}.output.LayerNorm", "qformer.layers.{}.ffn_text.norm"),
 ];
 
-/// The rest of what stage 2 trains.
-const HF_STAGE2: &[Row] = &[
+/// What stands around it, in a model that generates and in one that matches.
+const HF_BRIDGE: &[Row] = &[
     ("query_tokens", "query_tokens"),
     ("vision_model.post_layernorm", "ln_vision"),
     ("language_projection", "llm_proj"),
+    ("embeddings.word_embeddings", "qformer.word_embeddings"),
+    ("embeddings.position_embeddings", "qformer.position_embeddings"),
+    ("embeddings.position_ids", ""),
+    ("vision_projection", "vision_proj"),
+    ("text_projection", "text_proj"),
+    ("itm_head", "itm_head"),
 ];
 
 /// An OPT, as transformers names it (with or without a leading `model.`).
@@ -177,14 +186,14 @@ pub fn from_hf_vision<T>(tensors: BTreeMap<String, T>) -> Result<BTreeMap<String
     rename(tensors, |name| look_up(HF_VISION, name))
 }
 
-/// Renames what stage 2 trains in a Hugging Face BLIP-2.
+/// Renames the bridge of a Hugging Face BLIP-2, which generates or matches.
 ///
 /// # Errors
 /// If a tensor is none of the bridge's.
-pub fn from_hf_stage2<T>(tensors: BTreeMap<String, T>) -> Result<BTreeMap<String, T>> {
+pub fn from_hf_bridge<T>(tensors: BTreeMap<String, T>) -> Result<BTreeMap<String, T>> {
     rename(tensors, |name| match name.strip_prefix("qformer.") {
         Some(rest) => look_up(HF_QFORMER, rest),
-        None => look_up(HF_STAGE2, name),
+        None => look_up(HF_BRIDGE, name),
     })
 }
 

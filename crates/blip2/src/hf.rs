@@ -20,6 +20,7 @@ use serde_json::Value;
 use crate::image::Normalize;
 use crate::nn::Activation;
 use crate::qformer::QFormerConfig;
+use crate::stage1::Stage1Config;
 use crate::stage2::Stage2Config;
 use crate::stored::{self, Stored};
 use crate::tokenizer::{SpecialIds, Tokenizer};
@@ -33,6 +34,7 @@ pub const CONFIG: &str = "config.json";
 #[derive(Debug, Clone)]
 pub struct Checkpoint {
     folder: PathBuf,
+    kind: Kind,
     config: Config,
     pixels: Preprocessor,
     generation: GenerationConfig,
@@ -48,13 +50,29 @@ struct Config {
     vision_config: VisionConfig,
     #[serde(default)]
     qformer_config: QformerConfig,
+    #[serde(default)]
     text_config: Value,
     #[serde(default = "thirty_two")]
     num_query_tokens: usize,
+    #[serde(default = "two_hundred_fifty_six")]
+    image_text_hidden_size: usize,
 }
 
 fn thirty_two() -> usize {
     32
+}
+
+fn two_hundred_fifty_six() -> usize {
+    256
+}
+
+/// What a checkpoint can do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// `Blip2ForConditionalGeneration`: captions and answers.
+    Generates,
+    /// `Blip2ForImageTextRetrieval`: matches and embeds.
+    Matches,
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -198,13 +216,16 @@ impl Checkpoint {
         if config.model_type != "blip-2" {
             return wrong(format!("model_type is {:?}, expected \"blip-2\"", config.model_type));
         }
-        if let Some(other) =
-            config.architectures.iter().find(|a| *a != "Blip2ForConditionalGeneration")
-        {
-            return wrong(format!(
-                "architecture {other}: only Blip2ForConditionalGeneration is read so far"
-            ));
-        }
+        let kind = match config.architectures.first().map(String::as_str) {
+            None | Some("Blip2ForConditionalGeneration") => Kind::Generates,
+            Some("Blip2ForImageTextRetrieval") => Kind::Matches,
+            Some(other) => {
+                return wrong(format!(
+                    "architecture {other}: known are Blip2ForConditionalGeneration and \
+                     Blip2ForImageTextRetrieval"
+                ));
+            }
+        };
         let (vision, qformer) = (&config.vision_config, &config.qformer_config);
         let known = [
             ("vision_config.hidden_act", vision.hidden_act.as_str(), "gelu"),
@@ -228,7 +249,13 @@ impl Checkpoint {
         let path = folder.join("generation_config.json");
         let generation = if path.is_file() { read(&path)? } else { GenerationConfig::default() };
         let tensors = stored::open_folder(folder)?;
-        Ok(Self { folder: folder.to_path_buf(), config, pixels, generation, tensors })
+        Ok(Self { folder: folder.to_path_buf(), kind, config, pixels, generation, tensors })
+    }
+
+    /// What it can do.
+    #[must_use]
+    pub fn kind(&self) -> Kind {
+        self.kind
     }
 
     /// The folder.
@@ -262,24 +289,39 @@ impl Checkpoint {
         Normalize { mean: self.pixels.image_mean, std: self.pixels.image_std }
     }
 
-    /// The shape of the bridge, for a language model of width `llm_width`.
+    fn qformer_config(&self) -> QFormerConfig {
+        let q = &self.config.qformer_config;
+        QFormerConfig {
+            width: q.hidden_size,
+            depth: q.num_hidden_layers,
+            num_heads: q.num_attention_heads,
+            mlp_width: q.intermediate_size,
+            cross_attention_freq: q.cross_attention_frequency,
+            encoder_width: self.config.vision_config.hidden_size,
+            num_queries: self.config.num_query_tokens,
+            vocab_size: q.vocab_size,
+            max_positions: q.max_position_embeddings,
+            layer_norm_eps: q.layer_norm_eps,
+            dropout: 0.0,
+        }
+    }
+
+    /// The shape of the bridge of a model that matches.
+    #[must_use]
+    pub fn stage1_config(&self) -> Stage1Config {
+        Stage1Config {
+            qformer: self.qformer_config(),
+            embed_dim: self.config.image_text_hidden_size,
+            ln_vision_eps: self.config.vision_config.layer_norm_eps,
+            matching_only: true,
+        }
+    }
+
+    /// The shape of the bridge of a model that generates.
     #[must_use]
     pub fn stage2_config(&self) -> Stage2Config {
-        let q = &self.config.qformer_config;
         Stage2Config {
-            qformer: QFormerConfig {
-                width: q.hidden_size,
-                depth: q.num_hidden_layers,
-                num_heads: q.num_attention_heads,
-                mlp_width: q.intermediate_size,
-                cross_attention_freq: q.cross_attention_frequency,
-                encoder_width: self.config.vision_config.hidden_size,
-                num_queries: self.config.num_query_tokens,
-                vocab_size: q.vocab_size,
-                max_positions: q.max_position_embeddings,
-                layer_norm_eps: q.layer_norm_eps,
-                dropout: 0.0,
-            },
+            qformer: self.qformer_config(),
             llm_width: self
                 .tensors
                 .get("language_projection.bias")
@@ -343,6 +385,31 @@ impl Checkpoint {
         Tokenizer::from_json(&bytes, special).map_err(|e| Error::file(&path, e.to_string()))
     }
 
+    /// The tokenizer of a model that matches: BERT's.
+    ///
+    /// # Errors
+    /// If `tokenizer.json` is missing or broken, or names no `[SEP]` and `[PAD]`.
+    pub fn matching_tokenizer(&self) -> Result<Tokenizer> {
+        #[derive(Deserialize)]
+        struct Added {
+            id: u32,
+            content: String,
+        }
+        #[derive(Deserialize)]
+        struct Json {
+            added_tokens: Vec<Added>,
+        }
+        let path = self.folder.join("tokenizer.json");
+        let json: Json = read(&path)?;
+        let id = |token: &str| {
+            let found = json.added_tokens.iter().find(|added| added.content == token);
+            found.map(|added| added.id).ok_or_else(|| Error::file(&path, format!("has no {token}")))
+        };
+        let special = SpecialIds { bos: None, eos: id("[SEP]")?, pad: id("[PAD]")? };
+        let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
+        Tokenizer::from_json(&bytes, special).map_err(|e| Error::file(&path, e.to_string()))
+    }
+
     /// The image encoder's tensors under our names, its fused projections taken apart.
     ///
     /// # Errors
@@ -369,11 +436,11 @@ impl Checkpoint {
         checkpoint::from_hf_vision(tensors).map_err(|e| self.wrong(&e))
     }
 
-    /// What stage 2 trains, under our names.
+    /// The bridge's tensors, under our names.
     ///
     /// # Errors
     /// If there is a tensor that is no part of a BLIP-2.
-    pub fn stage2_tensors(&self) -> Result<BTreeMap<String, Stored>> {
+    pub fn bridge_tensors(&self) -> Result<BTreeMap<String, Stored>> {
         let own = |name: &str| {
             !name.starts_with("language_model.")
                 && (!name.starts_with("vision_model.")
@@ -381,7 +448,7 @@ impl Checkpoint {
         };
         let tensors =
             self.tensors.iter().filter(|(name, _)| own(name)).map(|(n, t)| (n.clone(), t.clone()));
-        checkpoint::from_hf_stage2(tensors.collect()).map_err(|e| self.wrong(&e))
+        checkpoint::from_hf_bridge(tensors.collect()).map_err(|e| self.wrong(&e))
     }
 
     /// The language model's tensors under transformers' names.

@@ -15,7 +15,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::assets::{self, Check, Progress};
 use crate::generate::{self, Hypothesis};
-use crate::hf::{self, Checkpoint};
+use crate::hf::{self, Checkpoint, Kind};
 use crate::image::{self, Normalize, Rgb};
 use crate::llm::{Llm, LlmDecoder};
 use crate::nn;
@@ -176,6 +176,7 @@ impl Model {
         }
         let checkpoint = Checkpoint::open(folder)?;
         let (caption_prompt, question_prompt) = checkpoint.prompts();
+        let generates = checkpoint.kind() == Kind::Generates;
         let name =
             folder.file_name().map_or_else(|| "blip-2".into(), std::ffi::OsStr::to_string_lossy);
         let manifest = Manifest {
@@ -185,9 +186,14 @@ impl Model {
                 weights: PartFile::Checkpoint,
                 normalize: checkpoint.normalize(),
             },
-            llm: Some(LlmPart { weights: PartFile::Checkpoint }),
-            stage1: None,
-            stage2: Some(Stage2Part {
+            llm: generates.then_some(LlmPart { weights: PartFile::Checkpoint }),
+            stage1: (!generates).then(|| Stage1Part {
+                config: checkpoint.stage1_config(),
+                weights: hf::CONFIG.into(),
+                vocab: "tokenizer.json".into(),
+                max_text_len: checkpoint.stage1_config().qformer.max_positions,
+            }),
+            stage2: generates.then(|| Stage2Part {
                 config: checkpoint.stage2_config(),
                 weights: hf::CONFIG.into(),
                 caption_prompt: caption_prompt.into(),
@@ -313,7 +319,10 @@ impl Model {
             .ok_or_else(|| self.lacks("stage-1 part (match, embed)"))?;
         let vision = self.vision(format.unwrap_or(WeightFormat::F32), progress)?;
         let bridge = self.build(&part.weights, format, |p| Stage1::new(p, &part.config))?;
-        let tokenizer = Tokenizer::from_wordpiece_vocab(&self.files.read(&part.vocab)?)?;
+        let tokenizer = match &self.files {
+            Files::HuggingFace(checkpoint) => checkpoint.matching_tokenizer()?,
+            files => Tokenizer::from_wordpiece_vocab(&files.read(&part.vocab)?)?,
+        };
         Ok(Matcher { vision, bridge, tokenizer, max_text_len: part.max_text_len })
     }
 
@@ -366,7 +375,7 @@ impl Model {
     /// If the file is missing or damaged; the message names it.
     pub fn weights(&self, name: &str) -> Result<BTreeMap<String, Stored>> {
         match &self.files {
-            Files::HuggingFace(checkpoint) => checkpoint.stage2_tensors(),
+            Files::HuggingFace(checkpoint) => checkpoint.bridge_tensors(),
             files => params::read_weights(&files.read(name)?, &files.describe(name)).map(in_memory),
         }
     }

@@ -74,11 +74,22 @@ impl QFormerConfig {
     }
 }
 
+/// How much of a Q-Former reads text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TextBranch {
+    /// None: stage 2 has dropped it.
+    Absent,
+    /// It reads but does not write: matching and embedding.
+    Reads,
+    /// With the language-model head, too: all of stage 1.
+    Whole,
+}
+
 /// What text needs: absent in stage 2, where queries never meet word pieces.
 struct TextEmbeddings {
     words: Tensor,
     positions: Tensor,
-    head: LmHead,
+    head: Option<LmHead>,
 }
 
 /// Hidden state → logits over word pieces, tied to the word embeddings.
@@ -233,18 +244,19 @@ pub struct QFormer {
 }
 
 impl QFormer {
-    /// Reads `query_tokens` beside, and everything else under, `qformer`. Without text (`with_text` false) the word
-    /// embeddings, the text feed-forward networks and the language-model head are neither wanted nor allowed.
+    /// Reads `query_tokens` beside, and everything else under, `qformer`. Without text the word embeddings, the text
+    /// feed-forward networks and the language-model head are neither wanted nor allowed.
     ///
     /// # Errors
     /// If the heads don't divide the width; weights that don't fit are reported by [`Params::build`].
-    pub fn new(params: &Params, config: &QFormerConfig, with_text: bool) -> Result<Self> {
+    pub fn new(params: &Params, config: &QFormerConfig, text: TextBranch) -> Result<Self> {
+        let with_text = text != TextBranch::Absent;
         let query_tokens = params.tensor("query_tokens", &[1, config.num_queries, config.width])?;
         let params = params.pp("qformer");
         Ok(Self {
             query_tokens,
             embed_norm: params.pp("embed_norm").layer_norm(config.width, config.layer_norm_eps)?,
-            text: with_text.then(|| TextEmbeddings::new(&params, config)).transpose()?,
+            text: with_text.then(|| TextEmbeddings::new(&params, config, text)).transpose()?,
             layers: (0..config.depth)
                 .map(|i| Layer::new(&params.pp("layers").pp(i), config, i, with_text))
                 .collect::<Result<_>>()?,
@@ -366,9 +378,14 @@ impl QFormer {
     /// If there is no text branch.
     pub fn lm_logits(&self, hidden: &Tensor) -> Result<Tensor> {
         let text = self.text.as_ref().ok_or_else(no_text)?;
-        let x = blip2_ops::gelu(&text.head.dense.forward(hidden)?)?;
-        let x = text.head.norm.forward(&x)?;
-        Ok(blip2_ops::linear(&x, &text.words, Some(&text.head.bias))?)
+        let head = text.head.as_ref().ok_or_else(|| {
+            Error::Config(
+                "this Q-Former has no language-model head: its checkpoint only matches".into(),
+            )
+        })?;
+        let x = blip2_ops::gelu(&head.dense.forward(hidden)?)?;
+        let x = head.norm.forward(&x)?;
+        Ok(blip2_ops::linear(&x, &text.words, Some(&head.bias))?)
     }
 
     fn expand_queries(&self, batch: usize) -> Result<Tensor> {
@@ -397,19 +414,26 @@ impl QFormer {
 }
 
 impl TextEmbeddings {
-    fn new(params: &Params, config: &QFormerConfig) -> Result<Self> {
-        let (w, eps) = (config.width, config.layer_norm_eps);
-        let head = params.pp("lm_head");
+    fn new(params: &Params, config: &QFormerConfig, text: TextBranch) -> Result<Self> {
+        let w = config.width;
+        let head = || LmHead::new(&params.pp("lm_head"), config);
         Ok(Self {
             words: params.pp("word_embeddings").tensor("weight", &[config.vocab_size, w])?,
             positions: params
                 .pp("position_embeddings")
                 .tensor("weight", &[config.max_positions, w])?,
-            head: LmHead {
-                dense: head.pp("dense").linear(w, w, true)?,
-                norm: head.pp("norm").layer_norm(w, eps)?,
-                bias: head.tensor("bias", &[config.vocab_size])?,
-            },
+            head: (text == TextBranch::Whole).then(head).transpose()?,
+        })
+    }
+}
+
+impl LmHead {
+    fn new(params: &Params, config: &QFormerConfig) -> Result<Self> {
+        let w = config.width;
+        Ok(Self {
+            dense: params.pp("dense").linear(w, w, true)?,
+            norm: params.pp("norm").layer_norm(w, config.layer_norm_eps)?,
+            bias: params.tensor("bias", &[config.vocab_size])?,
         })
     }
 }

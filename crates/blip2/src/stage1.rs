@@ -8,10 +8,10 @@ use blip2_ops::{Dropout, l2_normalize};
 use candle_core::{D, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::Result;
 use crate::nn::{KvCache, LayerNorm, Linear};
 use crate::params::Params;
-use crate::qformer::{Picture, QFormer, QFormerConfig};
+use crate::qformer::{Picture, QFormer, QFormerConfig, TextBranch};
+use crate::{Error, Result};
 
 /// The shape of the stage-1 model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -23,6 +23,10 @@ pub struct Stage1Config {
     pub embed_dim: usize,
     /// Epsilon of `ln_vision`: 1e-5 in LAVIS, 1e-6 in Hugging Face files.
     pub ln_vision_eps: f64,
+    /// Whether the language-model head and the temperature are missing: Hugging Face's checkpoints drop them. Such a model
+    /// matches and embeds, but can't be trained on.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub matching_only: bool,
 }
 
 /// A picture as stage 1 sees it.
@@ -45,7 +49,7 @@ pub struct Stage1 {
     vision_proj: Linear,
     text_proj: Linear,
     itm_head: Linear,
-    temp: Tensor,
+    temp: Option<Tensor>,
 }
 
 impl Stage1 {
@@ -59,11 +63,15 @@ impl Stage1 {
             ln_vision: params
                 .pp("ln_vision")
                 .layer_norm(config.qformer.encoder_width, config.ln_vision_eps)?,
-            qformer: QFormer::new(params, &config.qformer, true)?,
+            qformer: QFormer::new(
+                params,
+                &config.qformer,
+                if config.matching_only { TextBranch::Reads } else { TextBranch::Whole },
+            )?,
             vision_proj: params.pp("vision_proj").linear(w, config.embed_dim, true)?,
             text_proj: params.pp("text_proj").linear(w, config.embed_dim, true)?,
             itm_head: params.pp("itm_head").linear(w, 2, true)?,
-            temp: params.tensor("temp", &[])?,
+            temp: (!config.matching_only).then(|| params.tensor("temp", &[])).transpose()?,
             config: config.clone(),
         })
     }
@@ -75,9 +83,15 @@ impl Stage1 {
     }
 
     /// The learned temperature, a scalar that divides similarities.
-    #[must_use]
-    pub fn temp(&self) -> &Tensor {
-        &self.temp
+    ///
+    /// # Errors
+    /// If this model's checkpoint has none.
+    pub fn temp(&self) -> Result<&Tensor> {
+        self.temp.as_ref().ok_or_else(|| {
+            Error::Config(
+                "this stage-1 model has no temperature: its checkpoint only matches".into(),
+            )
+        })
     }
 
     /// The bridge itself.

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::Result;
 use crate::nn::{LayerNorm, Linear};
 use crate::params::Params;
-use crate::qformer::{QFormer, QFormerConfig};
+use crate::qformer::{QFormer, QFormerConfig, TextBranch};
 
 /// The shape of the stage-2 bridge.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -42,7 +42,7 @@ impl Stage2 {
         let q = &config.qformer;
         Ok(Self {
             ln_vision: params.pp("ln_vision").layer_norm(q.encoder_width, config.ln_vision_eps)?,
-            qformer: QFormer::new(params, q, false)?,
+            qformer: QFormer::new(params, q, TextBranch::Absent)?,
             llm_proj: params.pp("llm_proj").linear(q.width, config.llm_width, true)?,
             config: config.clone(),
         })

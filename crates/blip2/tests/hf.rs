@@ -119,6 +119,35 @@ fn tokens_and_scores_are_transformers() {
     }
 }
 
+/// `Blip2ForImageTextRetrieval`: both scores of a picture with each of several texts, together and alone.
+#[test]
+fn matching_is_transformers() {
+    let tensors = read_file(&golden("blip2_itm.safetensors")).unwrap();
+    let picture = picture(&read_file(&golden("blip2_hf.safetensors")).unwrap());
+    let texts = ["a photo of a dog.", "Two cats!", "a", "a dog and two cats on a photo"];
+    let matcher = open("itm_f16").matcher(None, &mut quiet).unwrap();
+    let together = matcher.score(std::slice::from_ref(&picture), &texts).unwrap().remove(0);
+    for (i, (text, together)) in texts.iter().zip(together).enumerate() {
+        let logits = tensors[&format!("itm.{i}")].to_vec1::<f32>().unwrap();
+        let itm = 1.0 / (1.0 + (logits[0] - logits[1]).exp());
+        let itc = tensors[&format!("itc.{i}")].to_vec1::<f32>().unwrap()[0];
+        let alone = matcher.score(std::slice::from_ref(&picture), &[text]).unwrap()[0][0];
+        for score in [together, alone] {
+            assert!((score.itm - itm).abs() < 1e-4, "{text}: {} and {itm}", score.itm);
+            assert!((score.itc - itc).abs() < 1e-4, "{text}: {} and {itc}", score.itc);
+        }
+        let embedded = matcher.embed_texts(&[text]).unwrap().squeeze(0).unwrap();
+        assert_close(text, &embedded, &tensors[&format!("text.{i}")], 1e-4);
+    }
+    let image = matcher.embed_images(&[picture]).unwrap().squeeze(0).unwrap();
+    assert_close("image", &image, &tensors["image"], 1e-4);
+    assert!(
+        open("itm_f16")
+            .captioner(None, &mut quiet)
+            .is_err_and(|e| e.to_string().contains("stage-2"))
+    );
+}
+
 /// Both kinds of OPT, with padding on the left; the head is tied to the words.
 #[test]
 fn opt_is_transformers() {

@@ -32,6 +32,7 @@ pub(crate) fn config() -> Stage1Config {
         },
         embed_dim: 10,
         ln_vision_eps: 1e-5,
+        matching_only: false,
     }
 }
 
