@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use blip2::llm::Llm;
 use blip2::nn::mask::Branch;
+use blip2::qformer::Picture;
 use blip2::stage1::Stage1;
 use blip2::stage2::Stage2;
 use blip2::tokenizer::{Side, TextBatch};
@@ -132,12 +133,8 @@ pub fn stage1_with(
     let pictures = [own.as_slice(), &negatives.images, &own].concat();
     let texts = [own.as_slice(), &own, &negatives.texts].concat();
     let all_pictures = image.picture.map(|kv| all_gather(kv, ranks))?;
-    let logits = model.itm(
-        &all_pictures.select(&pictures)?,
-        &select(&ranks.all_gather(ids)?, &texts)?,
-        &select(&ranks.all_gather(tokens)?, &texts)?,
-        dropout,
-    )?;
+    let all_texts = Texts { ids: ranks.all_gather(ids)?, tokens: ranks.all_gather(tokens)? };
+    let logits = itm_by_length(model, (&all_pictures, &pictures), (&all_texts, &texts), dropout)?;
     let itm = losses::itm(&logits)?;
 
     let (decoder_ids, targets) =
@@ -148,6 +145,40 @@ pub fn stage1_with(
 
     let total = ((&itc.loss + &itm)? + &itg)?;
     Ok(Stage1Losses { total, itc: itc.loss, itm, itg })
+}
+
+/// Matching logits of pairs, given as rows of pictures and of texts, in their order. Short texts are computed apart from long
+/// ones: padded to the longest of a batch, half of all text positions would be padding.
+fn itm_by_length(
+    model: &Stage1,
+    (pictures, picture_rows): (&Picture, &[u32]),
+    (texts, text_rows): (&Texts, &[u32]),
+    dropout: &Dropout,
+) -> Result<Tensor> {
+    const PARTS: usize = 3;
+    let length = |row: &Vec<u8>| row.iter().rposition(|seen| *seen != 0).map_or(1, |last| last + 1);
+    let lengths: Vec<usize> = texts.tokens.to_vec2::<u8>()?.iter().map(length).collect();
+    let length_of = |pair: usize| lengths[text_rows[pair] as usize];
+    let mut order: Vec<usize> = (0..text_rows.len()).collect();
+    order.sort_by_key(|&pair| length_of(pair));
+    let mut logits = Vec::with_capacity(PARTS);
+    for part in order.chunks(order.len().div_ceil(PARTS)) {
+        let longest = part.last().map_or(1, |&pair| length_of(pair));
+        let rows = |of: &[u32]| part.iter().map(|&pair| of[pair]).collect::<Vec<_>>();
+        let texts_of = rows(text_rows);
+        let cut = |all: &Tensor| select(&all.narrow(1, 0, longest)?.contiguous()?, &texts_of);
+        logits.push(model.itm(
+            &pictures.select(&rows(picture_rows))?,
+            &cut(&texts.ids)?,
+            &cut(&texts.tokens)?,
+            dropout,
+        )?);
+    }
+    let mut places = vec![0; order.len()];
+    for (place, pair) in order.into_iter().enumerate() {
+        places[pair] = place as u32;
+    }
+    select(&Tensor::cat(&logits, 0)?, &places)
 }
 
 /// ITG reads the same text with `[DEC]` (`dec`) in the place of `[CLS]` and predicts every token behind it.
