@@ -54,7 +54,7 @@ impl Draft {
         ctrlc::set_handler(move || {
             let _mine = lock(&turn);
             remove(&folder);
-            #[expect(clippy::exit, reason = "Ctrl-C means it; nothing half-written is left")]
+            // Ctrl-C means it; nothing half-written is left.
             std::process::exit(130);
         })?;
         Ok(())

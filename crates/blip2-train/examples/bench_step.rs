@@ -108,7 +108,8 @@ fn bench_stage1(steps: u64, dump: &mut HashMap<String, Tensor>) -> Result<serde_
     let ids = ids(b, t, 30_000, 3)?;
     let texts = Texts { tokens: Tensor::ones((b, t), DType::U8, &Device::Cpu)?, ids: ids.clone() };
     for (name, tensor) in params.to_tensors() {
-        dump.insert(format!("stage1.{name}"), tensor);
+        // A copy: the steps below change the weights in place.
+        dump.insert(format!("stage1.{name}"), tensor.copy()?);
     }
     dump.insert("stage1.batch.patches".into(), patches.clone());
     dump.insert("stage1.batch.ids".into(), ids);
@@ -142,7 +143,7 @@ fn bench_stage2(steps: u64, dump: &mut HashMap<String, Tensor>) -> Result<serde_
     let texts: Vec<Vec<LlmText>> =
         ids.to_vec2::<u32>()?.into_iter().map(|ids| vec![LlmText { ids, prompt_len: 0 }]).collect();
     for (name, tensor) in params.to_tensors().into_iter().chain(weights) {
-        dump.insert(format!("stage2.{name}"), tensor);
+        dump.insert(format!("stage2.{name}"), tensor.copy()?);
     }
     dump.insert("stage2.batch.patches".into(), patches.clone());
     dump.insert("stage2.batch.ids".into(), ids);

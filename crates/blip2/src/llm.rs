@@ -302,14 +302,15 @@ impl<'a> LlmDecoder<'a> {
             Llm::T5(t5) => (Seen::Memory(None), vec![t5.config().decoder_start_token_id]),
             Llm::Llama(_) | Llm::Opt(_) => (Seen::Cache(llm.new_cache()), Vec::new()),
         };
-        // Decoding needs no gradient; with a tracked prompt the cache would keep the graph alive.
-        Ok(Self { llm, prompt: prompt.detach(), mask, seen, start_ids })
+        Ok(Self { llm, prompt, mask, seen, start_ids })
     }
 
     /// A decoder reads the prompt: logits behind the last position of each row that holds something.
     fn read_prompt(&mut self) -> Result<Tensor> {
         let mut cache = self.llm.new_cache();
-        let hidden = self.llm.hidden(&self.prompt, &self.mask, Some(&mut cache))?;
+        // Decoding needs no gradient; with a tracked prompt the cache would keep the graph alive.
+        let prompt = self.prompt.detach();
+        let hidden = self.llm.hidden(&prompt, &self.mask, Some(&mut cache))?;
         self.seen = Seen::Cache(cache);
         let (b, t, d) = hidden.dims3()?;
         // With left padding that is the last column.
@@ -324,7 +325,7 @@ impl<'a> LlmDecoder<'a> {
 impl StepModel for LlmDecoder<'_> {
     fn start(&mut self) -> Result<Tensor> {
         let Llm::T5(t5) = self.llm else { return self.read_prompt() };
-        let mut memory = t5.encode(&self.prompt, &self.mask)?;
+        let mut memory = t5.encode(&self.prompt.detach(), &self.mask)?;
         let starts = vec![t5.config().decoder_start_token_id; memory.rows()];
         let logits = t5.decode(&starts, &mut memory)?;
         self.seen = Seen::Memory(Some(memory));

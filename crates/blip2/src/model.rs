@@ -296,7 +296,7 @@ impl Model {
             .manifest
             .stage2
             .clone()
-            .ok_or_else(|| self.lacks("stage-2 part (captions, answers)"))?;
+            .ok_or_else(|| self.lacks("stage-2 part (captions, answers); train one, or give --model"))?;
         let vision = self.vision(format.unwrap_or(WeightFormat::F32), &mut *progress)?;
         let (llm, tokenizer) = self.llm(format, progress)?;
         let bridge = self.build(&part.weights, format, |p| Stage2::new(p, &part.config))?;

@@ -211,7 +211,8 @@ fn what_is_wrong_with_a_folder_is_named() {
     };
     let remove =
         |name: &'static str| move |dir: &Path| std::fs::remove_file(dir.join(name)).unwrap();
-    let cases: [(&dyn Fn(&Path), &[&str]); 10] = [
+    type Change<'a> = &'a dyn Fn(&Path);
+    let cases: [(Change<'_>, &[&str]); 10] = [
         (&remove("tokenizer.json"), &["tokenizer.json"]),
         (&remove("preprocessor_config.json"), &["preprocessor_config.json"]),
         (&remove("model-00002-of-00006.safetensors"), &["model-00002-of-00006.safetensors"]),

@@ -255,7 +255,7 @@ fn a_gguf_file_is_the_same_model_as_the_tensors_it_was_made_of() {
 
     let x = random(10, 1.0, &[2, 6, 20]);
     let run = |llama: &Llama| {
-        let hidden = forward(&llama, &x, &all_visible(2, 6), None).unwrap();
+        let hidden = forward(llama, &x, &all_visible(2, 6), None).unwrap();
         llama.logits(&hidden).unwrap()
     };
     assert_close(&run(&ours), &run(&tiny()), 1e-5);
