@@ -292,11 +292,9 @@ impl Model {
         format: Option<WeightFormat>,
         progress: Progress<'_>,
     ) -> Result<Captioner> {
-        let part = self
-            .manifest
-            .stage2
-            .clone()
-            .ok_or_else(|| self.lacks("stage-2 part (captions, answers); train one, or give --model"))?;
+        let part = self.manifest.stage2.clone().ok_or_else(|| {
+            self.lacks("stage-2 part (captions, answers); train one, or give --model")
+        })?;
         let vision = self.vision(format.unwrap_or(WeightFormat::F32), &mut *progress)?;
         let (llm, tokenizer) = self.llm(format, progress)?;
         let bridge = self.build(&part.weights, format, |p| Stage2::new(p, &part.config))?;
