@@ -29,7 +29,7 @@ use crate::progress::say;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Keeps memory that is free for half a minute before the system gets it back. By default that is a second, so that every
-/// step of a training run has its gigabytes taken away, given back and cleared by the kernel: a third of its time.
+/// step of a training run has its gigabytes taken away, given back and cleared by the kernel: a quarter of its time.
 fn keep_free_memory() {
     /// `mi_option_purge_delay` of mimalloc.h, in milliseconds.
     const PURGE_DELAY: i32 = 15;

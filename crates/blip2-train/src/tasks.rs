@@ -176,20 +176,19 @@ impl Pictures {
         Ok(Shown::Pictures(plan.samples.iter().map(picture).collect::<Result<_>>()?))
     }
 
-    /// The captions that training may draw.
-    fn captions(&self, sample: usize) -> Vec<String> {
-        let all = self.metas[sample].all_captions();
-        let choice = match self.captions {
-            CaptionChoice::First => &all[..1],
-            CaptionChoice::Random => &all[..],
-        };
-        choice.iter().map(|caption| pre_caption(caption, MAX_WORDS)).collect()
+    /// The captions that training may draw, as they were written.
+    fn captions(&self, sample: usize) -> Vec<&str> {
+        let mut all = self.metas[sample].all_captions();
+        if self.captions == CaptionChoice::First {
+            all.truncate(1);
+        }
+        all
     }
 
     fn caption(&self, sample: usize, rng: &mut Rng) -> String {
-        let mut all = self.captions(sample);
+        let all = self.captions(sample);
         let index = if all.len() == 1 { 0 } else { rng.below(all.len()) };
-        all.swap_remove(index)
+        pre_caption(all[index], MAX_WORDS)
     }
 }
 
@@ -536,6 +535,7 @@ impl Stage2Source<'_> {
                 llm_text(&self.tokenizer, &prompt, &pair.answer, self.max_text_len)?
             } else {
                 let caption = captions.swap_remove(rng.below(captions.len()));
+                let caption = pre_caption(caption, MAX_WORDS);
                 llm_text(&self.tokenizer, &self.prompt, &caption, self.max_text_len)?
             });
         }

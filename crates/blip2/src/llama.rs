@@ -25,7 +25,7 @@ use rayon::prelude::*;
 use serde::Deserialize;
 
 use crate::nn::mask::Layout;
-use crate::nn::{KvCache, KvCaches};
+use crate::nn::{KvCache, KvCaches, check_sizes};
 use crate::stored::Stored;
 use crate::{Error, Result};
 
@@ -368,11 +368,7 @@ impl LlamaConfig {
             ("head_width", self.head_width),
             ("max_len", self.max_len),
         ];
-        // Far above every model, far below an overflow of their products.
-        const MOST: usize = 1 << 24;
-        if let Some((name, size)) = sizes.into_iter().find(|(_, n)| *n == 0 || *n > MOST) {
-            return refuse(format!("{name} {size} is not in 1..={MOST}"));
-        }
+        check_sizes("LLaMA", &sizes)?;
         if !self.num_heads.is_multiple_of(self.num_kv_heads) {
             return refuse(format!(
                 "num_heads {} is no multiple of num_kv_heads {}",

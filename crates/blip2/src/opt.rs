@@ -13,7 +13,7 @@ use candle_core::Tensor;
 use serde::Deserialize;
 
 use crate::nn::mask::Layout;
-use crate::nn::{Activation, Attention, KvCache, KvCaches, LayerNorm, Linear, Mlp};
+use crate::nn::{Activation, Attention, KvCache, KvCaches, LayerNorm, Linear, Mlp, check_sizes};
 use crate::params::Params;
 use crate::{Error, Result};
 
@@ -97,8 +97,6 @@ impl OptConfig {
         if !self.enable_bias || !self.layer_norm_elementwise_affine {
             return refuse("an OPT without biases or norm weights is not known".into());
         }
-        // Far above every model, far below an overflow of their products.
-        const MOST: usize = 1 << 24;
         let sizes = [
             ("vocab_size", self.vocab_size),
             ("hidden_size", self.hidden_size),
@@ -108,10 +106,7 @@ impl OptConfig {
             ("max_position_embeddings", self.max_position_embeddings),
             ("word_embed_proj_dim", self.word_width()),
         ];
-        match sizes.into_iter().find(|(_, n)| *n == 0 || *n > MOST) {
-            Some((name, size)) => refuse(format!("{name} {size} is not in 1..={MOST}")),
-            None => Ok(()),
-        }
+        check_sizes("OPT", &sizes)
     }
 }
 

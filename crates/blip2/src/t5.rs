@@ -12,7 +12,9 @@ use blip2_ops::{Dropout, FrozenWeight, frozen_linear};
 use candle_core::{Device, Tensor};
 use serde::Deserialize;
 
-use crate::nn::{Activation, Attention, AttentionShape, KvCache, KvCaches, Linear, RmsNorm, mask};
+use crate::nn::{
+    Activation, Attention, AttentionShape, KvCache, KvCaches, Linear, RmsNorm, check_sizes, mask,
+};
 use crate::params::Params;
 use crate::{Error, Result};
 
@@ -77,8 +79,6 @@ impl Default for T5Config {
 
 impl T5Config {
     fn check(&self) -> Result<()> {
-        // Far above every model, far below an overflow of their products.
-        const MOST: usize = 1 << 24;
         let sizes = [
             ("vocab_size", self.vocab_size),
             ("d_model", self.d_model),
@@ -89,12 +89,7 @@ impl T5Config {
             ("num_heads", self.num_heads),
             ("relative_attention_num_buckets", self.relative_attention_num_buckets),
         ];
-        let out_of_range = sizes.into_iter().find(|(_, n)| *n == 0 || *n > MOST);
-        if let Some((name, size)) = out_of_range {
-            return Err(Error::Config(format!(
-                "T5 configuration: {name} {size} is not in 1..={MOST}"
-            )));
-        }
+        check_sizes("T5", &sizes)?;
         let (buckets, distance) =
             (self.relative_attention_num_buckets, self.relative_attention_max_distance);
         if !buckets.is_multiple_of(4) || distance <= buckets / 2 {
