@@ -26,6 +26,9 @@ const MIB: u64 = 1 << 20;
 const LIBRARY_ORDER: &[(&str, &[&str])] = &[
     ("error", &[]),
     ("stored", &["error"]),
+    ("pickle", &[]),
+    ("pth", &["error", "pickle", "stored"]),
+    ("shards", &["error", "pth", "stored"]),
     ("params", &["error", "nn", "stored"]),
     ("nn", &["error", "params"]),
     ("onnx", &["error"]),

@@ -34,6 +34,7 @@ impl Cli {
         match &cli.verb {
             Verb::Caption(args) => args.generate.check("caption", args.num_captions)?,
             Verb::Ask(args) => args.generate.check("ask", 1)?,
+            Verb::Convert(args) => args.check()?,
             _ => {}
         }
         Ok(cli)
@@ -131,7 +132,7 @@ pub(crate) enum Verb {
     Inspect(InspectArgs),
     /// Fetch a model's parts into the cache
     Pull(PullArgs),
-    /// Write a model folder again, its bridge packed in few bits
+    /// Write a model in another layout: Hugging Face, LAVIS, ours, packed
     Convert(ConvertArgs),
     /// Make and look at training data
     Data(DataArgs),
@@ -342,16 +343,72 @@ pub(crate) enum PullName {
 
 #[derive(Debug, Args)]
 pub(crate) struct ConvertArgs {
-    /// A model folder
+    /// A model folder (ours or Hugging Face's), `mini`, or a LAVIS checkpoint (.pth)
     pub(crate) from: String,
     /// The folder to write
     pub(crate) to: PathBuf,
-    /// What matrices are kept in
-    #[arg(long, env = "BLIP2_MATRICES", value_enum, default_value_t = BitsName::Q8)]
-    pub(crate) matrices: BitsName,
-    /// What word and position embeddings are kept in
-    #[arg(long, env = "BLIP2_EMBEDDINGS", value_enum, default_value_t = BitsName::Q8)]
-    pub(crate) embeddings: BitsName,
+    /// What to write [default: hf; blip2 if FROM is in Hugging Face layout or bits are given]
+    #[arg(long, env = "BLIP2_LAYOUT", value_enum)]
+    pub(crate) layout: Option<Layout>,
+    /// Which stage, where there are two and a Hugging Face folder holds one [default: 2]
+    #[arg(long, env = "BLIP2_STAGE", value_name = "1|2", value_parser = clap::value_parser!(u8).range(1..=2))]
+    pub(crate) stage: Option<u8>,
+    /// What weights are kept in [default: as they are]
+    #[arg(long, env = "BLIP2_DTYPE", value_enum)]
+    pub(crate) dtype: Option<DtypeName>,
+    /// LAVIS: the frozen image encoder (eva_vit_g.pth, clip_vit_L.pth)
+    #[arg(long, env = "BLIP2_VISION", value_name = "FILE")]
+    pub(crate) vision: Option<PathBuf>,
+    /// LAVIS, stage 2: the frozen language model, a Hugging Face folder
+    #[arg(long, env = "BLIP2_LLM", value_name = "DIR")]
+    pub(crate) llm: Option<PathBuf>,
+    /// LAVIS: heads of an image encoder of no published shape
+    #[arg(long, env = "BLIP2_VISION_HEADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) vision_heads: Option<u16>,
+    /// LAVIS: heads of a Q-Former of no published shape
+    #[arg(long, env = "BLIP2_QFORMER_HEADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) qformer_heads: Option<u16>,
+    /// Pack the bridge: what matrices are kept in
+    #[arg(long, env = "BLIP2_MATRICES", value_enum, conflicts_with = "dtype")]
+    pub(crate) matrices: Option<BitsName>,
+    /// Pack the bridge: what word and position embeddings are kept in
+    #[arg(long, env = "BLIP2_EMBEDDINGS", value_enum, conflicts_with = "dtype")]
+    pub(crate) embeddings: Option<BitsName>,
+}
+
+impl ConvertArgs {
+    /// Whether the bridge is to be packed in few bits.
+    pub(crate) fn packs(&self) -> bool {
+        self.matrices.is_some() || self.embeddings.is_some()
+    }
+
+    fn check(&self) -> Result<(), clap::Error> {
+        if self.packs() && self.layout == Some(Layout::Hf) {
+            let reason = "--matrices, --embeddings: Hugging Face folders are not packed";
+            return Err(wrong_usage("convert", reason.into()));
+        }
+        Ok(())
+    }
+}
+
+/// How a model's folder is laid out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Layout {
+    /// Hugging Face's: transformers loads it
+    Hf,
+    /// Ours: every verb, and training, starts from it
+    Blip2,
+}
+
+/// What a weight file's numbers are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DtypeName {
+    /// 32 bits
+    F32,
+    /// 16 bits
+    F16,
+    /// 16 bits, 8 of them for the exponent
+    Bf16,
 }
 
 /// In how many bits weights are kept.

@@ -223,11 +223,30 @@ pub fn from_bert(tensors: BTreeMap<String, Tensor>) -> Result<BTreeMap<String, T
 ///
 /// # Errors
 /// If a tensor is none of LAVIS's.
-pub fn from_lavis(tensors: BTreeMap<String, Tensor>) -> Result<BTreeMap<String, Tensor>> {
+pub fn from_lavis<T>(tensors: BTreeMap<String, T>) -> Result<BTreeMap<String, T>> {
     rename(tensors, |name| match name.strip_prefix("Qformer.bert.") {
         Some(rest) => look_up(BERT, rest).or_else(|| look_up(LAVIS_QFORMER, rest)),
         None => look_up(LAVIS, name),
     })
+}
+
+/// Under which name a Hugging Face BLIP-2 keeps our bridge's tensor called `name`; `None`: it has no place for it.
+#[must_use]
+pub fn to_hf_bridge(name: &str) -> Option<String> {
+    look_up_ours(HF_BRIDGE, name)
+        .or_else(|| look_up_ours(HF_QFORMER, name).map(|theirs| format!("qformer.{theirs}")))
+}
+
+/// Under which name a Hugging Face BLIP-2 keeps our image encoder's tensor called `name`. Its queries, keys and values are
+/// rows of one tensor there, which is the caller's to put together.
+#[must_use]
+pub fn to_hf_vision(name: &str) -> Option<String> {
+    look_up_ours(HF_VISION, name).map(|theirs| format!("vision_model.{theirs}"))
+}
+
+fn look_up_ours(table: &[Row], name: &str) -> Option<String> {
+    let inverse: Vec<Row> = table.iter().map(|(theirs, ours)| (*ours, *theirs)).collect();
+    look_up(&inverse, name).filter(|theirs| !theirs.is_empty())
 }
 
 fn rename<T>(
@@ -254,7 +273,8 @@ fn rename<T>(
 
 /// A row names a tensor, or a module whose `weight` and `bias` follow.
 fn look_up(table: &[Row], name: &str) -> Option<String> {
-    table.iter().find_map(|(theirs, ours)| {
+    let named = table.iter().filter(|(theirs, _)| !theirs.is_empty());
+    named.into_iter().find_map(|(theirs, ours)| {
         let (number, rest) = match theirs.split_once("{}") {
             None => ("", name.strip_prefix(theirs)?),
             Some((before, after)) => {

@@ -22,10 +22,10 @@ use crate::nn::Activation;
 use crate::qformer::QFormerConfig;
 use crate::stage1::Stage1Config;
 use crate::stage2::Stage2Config;
-use crate::stored::{self, Stored};
+use crate::stored::Stored;
 use crate::tokenizer::{SpecialIds, Tokenizer};
 use crate::vit::VitConfig;
-use crate::{Error, Result, checkpoint};
+use crate::{Error, Result, checkpoint, shards};
 
 /// The name of the configuration inside a folder.
 pub const CONFIG: &str = "config.json";
@@ -248,7 +248,7 @@ impl Checkpoint {
             .map_err(|e| Error::file(folder.join("preprocessor_config.json"), e.to_string()))?;
         let path = folder.join("generation_config.json");
         let generation = if path.is_file() { read(&path)? } else { GenerationConfig::default() };
-        let tensors = stored::open_folder(folder)?;
+        let tensors = shards::open(folder)?;
         Ok(Self { folder: folder.to_path_buf(), kind, config, pixels, generation, tensors })
     }
 

@@ -8,10 +8,12 @@
 
 pub mod assets;
 pub mod checkpoint;
+pub mod convert;
 mod error;
 pub mod generate;
 pub mod hf;
 pub mod image;
+pub mod lavis;
 pub mod llama;
 pub mod llm;
 pub mod mini;
@@ -21,7 +23,10 @@ pub mod onnx;
 pub mod opt;
 pub mod pack;
 pub mod params;
+mod pickle;
+pub mod pth;
 pub mod qformer;
+pub mod shards;
 pub mod stage1;
 pub mod stage2;
 pub mod stored;
@@ -29,5 +34,6 @@ pub mod t5;
 pub mod tokenizer;
 pub mod vit;
 mod vit_onnx;
+mod weights_out;
 
 pub use error::{Error, Result};

@@ -333,6 +333,11 @@ impl LlamaConfig {
         if let Some(scaling) = hf.rope_scaling.filter(|scaling| !scaling.is_null()) {
             return refuse(format!("rope_scaling {scaling}"));
         }
+        let eos = match hf.eos_token_id {
+            Eos::One(id) => Some(id),
+            Eos::Several(ids) => ids.first().copied(),
+        };
+        let Some(eos) = eos else { return refuse("a model without an end token".into()) };
         let config = Self {
             vocab_size: hf.vocab_size,
             width: hf.hidden_size,
@@ -350,7 +355,7 @@ impl LlamaConfig {
             max_len: hf.max_position_embeddings,
             tied: hf.tie_word_embeddings,
             bos: hf.bos_token_id,
-            eos: hf.eos_token_id,
+            eos,
         };
         config.check()?;
         Ok(config)
@@ -412,7 +417,15 @@ struct HfConfig {
     #[serde(default)]
     mlp_bias: bool,
     bos_token_id: Option<u32>,
-    eos_token_id: u32,
+    eos_token_id: Eos,
+}
+
+/// One end token, or several, of which the first is the one that training puts there.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Eos {
+    One(u32),
+    Several(Vec<u32>),
 }
 
 fn default_rope_base() -> f32 {
@@ -442,6 +455,50 @@ impl Gguf {
         let mut reader = std::io::BufReader::new(file);
         let content = Content::read(&mut reader).map_err(|e| Error::file(path, e.to_string()))?;
         Ok(Self { path: path.to_path_buf(), content })
+    }
+
+    /// The model as Hugging Face describes and names it: `config.json` and tensors in f32, queries and keys in the order that
+    /// rotates halves.
+    ///
+    /// # Errors
+    /// As [`Llama::from_gguf`].
+    pub fn to_hf(&self) -> Result<(serde_json::Value, BTreeMap<String, Tensor>)> {
+        let has_output = self.content.tensor_infos.contains_key("output.weight");
+        let config = LlamaConfig::from_gguf(self.metadata(), !has_output)
+            .map_err(|e| Error::file(&self.path, e.to_string()))?;
+        let mut file = File::open(&self.path).map_err(Error::io(&self.path))?;
+        let mut tensors = BTreeMap::new();
+        for (name, info) in &self.content.tensor_infos {
+            let tensor = info
+                .read(&mut file, self.content.tensor_data_offset, &Device::Cpu)
+                .and_then(|tensor| tensor.dequantize(&Device::Cpu))
+                .map_err(|e| Error::file(&self.path, format!("tensor {name}: {e}")))?;
+            let heads = match name.rsplit('.').nth(1) {
+                Some("attn_q") => Some(config.num_heads),
+                Some("attn_k") => Some(config.num_kv_heads),
+                _ => None,
+            };
+            let tensor = match heads {
+                Some(heads) => {
+                    let (rows, columns) = tensor.dims2()?;
+                    let halves = (heads, rows / heads / 2, 2, columns);
+                    tensor.reshape(halves)?.transpose(1, 2)?.reshape((rows, columns))?
+                }
+                None => tensor,
+            };
+            tensors.insert(hf_name(name), tensor);
+        }
+        let json = serde_json::json!({
+            "model_type": "llama", "architectures": ["LlamaForCausalLM"],
+            "vocab_size": config.vocab_size, "hidden_size": config.width,
+            "intermediate_size": config.ffn_width, "num_hidden_layers": config.depth,
+            "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
+            "head_dim": config.head_width, "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_base,
+            "max_position_embeddings": config.max_len, "tie_word_embeddings": config.tied,
+            "hidden_act": "silu", "attention_bias": false, "mlp_bias": false,
+            "bos_token_id": config.bos, "eos_token_id": config.eos, "pad_token_id": config.eos,
+        });
+        Ok((json, tensors))
     }
 
     /// The header's fields.

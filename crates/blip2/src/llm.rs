@@ -18,10 +18,10 @@ use crate::nn::KvCaches;
 use crate::nn::mask::{Branch, Layout};
 use crate::opt::{Opt, OptConfig};
 use crate::params::Params;
-use crate::stored::{self, Stored};
+use crate::stored::Stored;
 use crate::t5::{Memory, T5, T5Config};
 use crate::tokenizer::{SpecialIds, Tokenizer};
-use crate::{Error, Result, checkpoint};
+use crate::{Error, Result, checkpoint, shards};
 
 /// A frozen language model.
 pub enum Llm {
@@ -249,16 +249,42 @@ fn encoder_decoder() -> Error {
 
 /// A language model in Hugging Face layout.
 fn open_folder(folder: &Path, format: WeightFormat) -> Result<(Llm, Tokenizer)> {
-    let [config, json] = ["config.json", "tokenizer.json"].map(|name| folder.join(name));
+    let config = folder.join("config.json");
     let text = std::fs::read(&config).map_err(Error::io(&config))?;
     let value: serde_json::Value =
         serde_json::from_slice(&text).map_err(|e| Error::file(&config, e.to_string()))?;
-    let llm = Llm::from_hf(&value, stored::open_folder(folder)?, format, folder)?;
-    let bytes = std::fs::read(&json).map_err(Error::io(&json))?;
-    let special = SpecialIds { bos: llm.bos(), eos: llm.eos(), pad: llm.eos() };
-    let tokenizer =
-        Tokenizer::from_json(&bytes, special).map_err(|e| Error::file(&json, e.to_string()))?;
+    let llm = Llm::from_hf(&value, shards::open(folder)?, format, folder)?;
+    let tokenizer = tokenizer_of(folder, &value)?;
     Ok((llm, tokenizer))
+}
+
+/// The tokenizer of a language model in Hugging Face layout, whose `config.json` holds `config`.
+///
+/// # Errors
+/// If `tokenizer.json` is missing or broken, or a special id is not in it.
+pub fn tokenizer_of(folder: &Path, config: &serde_json::Value) -> Result<Tokenizer> {
+    let path = folder.join("tokenizer.json");
+    let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
+    // Models may end with any of several tokens; the first is what training puts there.
+    let id = |name: &str| {
+        let value = &config[name];
+        value.as_u64().or_else(|| value.get(0)?.as_u64()).map(|id| id as u32)
+    };
+    let (bos, eos, pad) = match config["model_type"].as_str() {
+        Some("opt") => (Some(2), Some(2), Some(1)),
+        Some("t5") => (None, Some(1), Some(0)),
+        _ => (None, None, None),
+    };
+    let wrong = |e: Error| Error::file(&path, e.to_string());
+    let eos = id("eos_token_id").or(eos);
+    let eos = eos.ok_or_else(|| wrong(Error::Config("config.json names no eos_token_id".into())))?;
+    let is_t5 = config["model_type"] == "t5";
+    let special = SpecialIds {
+        bos: if is_t5 { None } else { id("bos_token_id").or(bos) },
+        eos,
+        pad: id("pad_token_id").or(pad).unwrap_or(eos),
+    };
+    Tokenizer::from_json(&bytes, special).map_err(wrong)
 }
 
 /// Decodes what follows a prompt of embeddings. The prompt is computed once per row; beams and

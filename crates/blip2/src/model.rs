@@ -253,7 +253,8 @@ impl Model {
         let mut tensors = self.vision_tensors(progress)?;
         if let Some(positions) = tensors.get_mut("pos_embed") {
             let side = part.config.image_size / part.config.patch_size.max(1);
-            *positions = nn::fit_positions(&positions.load()?, side)
+            let corners = part.config.corners();
+            *positions = nn::fit_positions(&positions.load()?, side, corners)
                 .map_err(|err| Error::file(&origin, err.to_string()))?
                 .into();
         }

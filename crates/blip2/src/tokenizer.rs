@@ -20,7 +20,8 @@ use tokenizers::pre_tokenizers::bert::BertPreTokenizer;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::sequence::Sequence;
-use tokenizers::{AddedToken, ModelWrapper};
+use serde_json::{Value as Json, json};
+use tokenizers::{AddedToken, ModelWrapper, PostProcessorWrapper};
 
 use crate::{Error, Result};
 
@@ -282,6 +283,65 @@ impl Tokenizer {
             .decode(ids, skip_special)
             .map_err(|e| Error::Tokenizer(format!("can't decode {} ids: {e}", ids.len())))?;
         Ok(if self.clean_up { clean_up(&text) } else { text })
+    }
+
+    /// As a `tokenizer.json`, its post-processor putting the special tokens around a text.
+    ///
+    /// # Errors
+    /// None that a caller can cause.
+    pub fn to_json(&self) -> Result<String> {
+        let broken = |e: &dyn std::fmt::Display| Error::Tokenizer(format!("can't be written: {e}"));
+        let json = self.inner.to_string(false).map_err(|e| broken(&e))?;
+        if self.inner.get_post_processor().is_some() {
+            return Ok(json);
+        }
+        let mut value: Json = serde_json::from_str(&json).map_err(|e| broken(&e))?;
+        value["post_processor"] = self.template();
+        Ok(value.to_string())
+    }
+
+    /// The same tokenizer with `prefix` in front of every text, and nothing behind it.
+    #[must_use]
+    pub fn with_prefix(&self, prefix: Vec<u32>) -> Self {
+        let mut inner = self.inner.clone();
+        inner.with_post_processor(None::<PostProcessorWrapper>);
+        Self { inner, prefix, suffix: Vec::new(), ..self.clone() }
+    }
+
+    /// What puts the special tokens around a text, as `tokenizer.json` says it.
+    fn template(&self) -> Json {
+        let name = |id: &u32| self.inner.id_to_token(*id).unwrap_or_default();
+        let special = |kind: u8| move |id: &u32| json!({"SpecialToken": {"id": name(id), "type_id": kind}});
+        let text = |id: &str, kind: u8| {
+            let (prefix, suffix) = (self.prefix.iter(), self.suffix.iter().map(special(kind)));
+            let prefix: Vec<Json> = if kind == 0 { prefix.map(special(0)).collect() } else { Vec::new() };
+            let sequence = json!({"Sequence": {"id": id, "type_id": kind}});
+            prefix.into_iter().chain([sequence]).chain(suffix).collect::<Vec<_>>()
+        };
+        let tokens = self.prefix.iter().chain(&self.suffix).map(|id| {
+            (name(id), json!({"id": name(id), "ids": [id], "tokens": [name(id)]}))
+        });
+        let single = text("A", 0);
+        let pair = [single.clone(), text("B", 1)].concat();
+        json!({
+            "type": "TemplateProcessing",
+            "single": single,
+            "pair": pair,
+            "special_tokens": tokens.collect::<serde_json::Map<_, _>>(),
+        })
+    }
+
+    /// The special tokens with their ids, in the order of these.
+    #[must_use]
+    pub fn special_tokens(&self) -> Vec<(u32, String)> {
+        let added = self.inner.get_added_tokens_decoder();
+        let mut special: Vec<_> = added
+            .into_iter()
+            .filter(|(_, token)| token.special)
+            .map(|(id, token)| (id, token.content))
+            .collect();
+        special.sort_unstable();
+        special
     }
 
     /// The ids that a model gives a meaning to.

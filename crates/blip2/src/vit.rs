@@ -17,7 +17,7 @@ use blip2_ops::Dropout;
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
-use crate::nn::{Activation, Attention, LayerNorm, Linear, Mlp};
+use crate::nn::{Activation, Attention, Corners, LayerNorm, Linear, Mlp};
 use crate::params::Params;
 use crate::{Error, Result};
 
@@ -100,6 +100,12 @@ impl VitConfig {
     #[must_use]
     pub fn num_tokens(&self) -> usize {
         1 + (self.image_size / self.patch_size).pow(2)
+    }
+
+    /// How its positions are fitted to another number of patches.
+    #[must_use]
+    pub fn corners(&self) -> Corners {
+        if self.pre_norm { Corners::Centres } else { Corners::Edges }
     }
 
     fn check(&self) -> Result<()> {

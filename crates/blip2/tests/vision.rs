@@ -7,7 +7,7 @@
 use std::path::Path;
 
 use blip2::assets::cached_mini_parts;
-use blip2::nn::fit_positions;
+use blip2::nn::{Corners, fit_positions};
 use blip2::params::{Params, read_file};
 use blip2::vit::{Vit, VitConfig};
 use blip2_ops::WeightFormat;
@@ -56,7 +56,7 @@ fn features_are_those_of_onnxruntime() {
     let rows = golden["rows"].to_dtype(DType::U32).unwrap();
 
     let mut tensors = read_file(&parts.vit).unwrap();
-    let fitted = fit_positions(&tensors["pos_embed"], SIZE / 14).unwrap();
+    let fitted = fit_positions(&tensors["pos_embed"], SIZE / 14, Corners::Edges).unwrap();
     tensors.insert("pos_embed".into(), fitted);
     let positions = tensors["pos_embed"].index_select(&rows, 1).unwrap();
     assert_close("positions", &positions, &golden["positions"]);

@@ -30,4 +30,4 @@ pub use kv_cache::{KvCache, KvCaches};
 pub use linear::Linear;
 pub use mlp::{Activation, Mlp};
 pub use norm::{LayerNorm, RmsNorm};
-pub use positions::fit_positions;
+pub use positions::{Corners, fit_positions};

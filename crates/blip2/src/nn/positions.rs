@@ -4,14 +4,23 @@ use candle_core::{Device, Tensor};
 
 use crate::{Error, Result};
 
+/// Which points of two grids lie on each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Corners {
+    /// The outer edges of the outer patches: EVA-CLIP, DINOv2.
+    Edges,
+    /// The centres of the outer patches (`align_corners`): how LAVIS fits CLIP.
+    Centres,
+}
+
 /// Position embeddings (1, 1 + from², w), class token first, for pictures of `side` × `side` patches: (1, 1 + side², w).
 ///
-/// Bicubic as DINOv2's own resize: half-pixel centres, coefficient −0.75, edges repeated, no smoothing. The class token's
+/// Bicubic as PyTorch's: coefficient −0.75, edges repeated, no smoothing. The class token's
 /// position stays, and nothing changes when the grid has that size already.
 ///
 /// # Errors
 /// If the embeddings are not those of a class token and a square of patches.
-pub fn fit_positions(positions: &Tensor, side: usize) -> Result<Tensor> {
+pub fn fit_positions(positions: &Tensor, side: usize, corners: Corners) -> Result<Tensor> {
     let &[1, tokens, w] = positions.dims() else { return Err(not_square(positions)) };
     let from = tokens.saturating_sub(1).isqrt();
     if from == 0 || 1 + from * from != tokens {
@@ -23,7 +32,7 @@ pub fn fit_positions(positions: &Tensor, side: usize) -> Result<Tensor> {
     let values = positions.flatten_all()?.to_vec1::<f32>()?;
     let (class, grid) = values.split_at(w);
     let mut out = class.to_vec();
-    out.extend(resize_grid(grid, from, side, w));
+    out.extend(resize_grid(grid, from, side, w, corners));
     Ok(Tensor::from_vec(out, (1, 1 + side * side, w), &Device::Cpu)?)
 }
 
@@ -35,8 +44,8 @@ fn not_square(positions: &Tensor) -> Error {
 }
 
 /// A square grid (from, from, w) resized to (to, to, w), both row-major. Sums are taken in f64.
-fn resize_grid(grid: &[f32], from: usize, to: usize, w: usize) -> Vec<f32> {
-    let taps: Vec<_> = (0..to).map(|o| cubic_taps(o, from, to)).collect();
+fn resize_grid(grid: &[f32], from: usize, to: usize, w: usize, corners: Corners) -> Vec<f32> {
+    let taps: Vec<_> = (0..to).map(|o| cubic_taps(o, from, to, corners)).collect();
     let mut out = Vec::with_capacity(to * to * w);
     for rows in &taps {
         for columns in &taps {
@@ -55,11 +64,16 @@ fn resize_grid(grid: &[f32], from: usize, to: usize, w: usize) -> Vec<f32> {
 }
 
 /// The four input positions, and their weights, that make output `o` along one axis.
-fn cubic_taps(o: usize, from: usize, to: usize) -> [(usize, f64); 4] {
+fn cubic_taps(o: usize, from: usize, to: usize, corners: Corners) -> [(usize, f64); 4] {
     const A: f64 = -0.75;
     let near = |s: f64| ((A + 2.0) * s - (A + 3.0)) * s * s + 1.0;
     let far = |s: f64| ((A * s - 5.0 * A) * s + 8.0 * A) * s - 4.0 * A;
-    let source = (o as f64 + 0.5) * (from as f64 / to as f64) - 0.5;
+    let source = match corners {
+        Corners::Edges => (o as f64 + 0.5) * (from as f64 / to as f64) - 0.5,
+        // A single point is the first one, as PyTorch has it.
+        Corners::Centres if to < 2 => 0.0,
+        Corners::Centres => o as f64 * ((from - 1) as f64 / (to - 1) as f64),
+    };
     let t = source - source.floor();
     let weights = [far(t + 1.0), near(t), near(1.0 - t), far(2.0 - t)];
     std::array::from_fn(|i| {
@@ -75,19 +89,28 @@ mod tests {
     #[test]
     fn the_same_size_changes_nothing() {
         let grid: Vec<f32> = (0..5 * 5 * 2).map(|i| (i as f32 * 0.7).sin()).collect();
-        assert_eq!(resize_grid(&grid, 5, 5, 2), grid);
+        assert_eq!(resize_grid(&grid, 5, 5, 2, Corners::Edges), grid);
     }
 
     #[test]
     fn weights_sum_to_one_and_edges_repeat() {
         for o in 0..16 {
-            let taps = cubic_taps(o, 37, 16);
+            let taps = cubic_taps(o, 37, 16, Corners::Edges);
             let sum: f64 = taps.iter().map(|t| t.1).sum();
             assert!((sum - 1.0).abs() < 1e-12, "output {o}: {sum}");
         }
         // Output 0 of 16 lies at input 0.65625, output 15 at 35.34375.
-        assert_eq!(cubic_taps(0, 37, 16).map(|t| t.0), [0, 0, 1, 2]);
-        assert_eq!(cubic_taps(15, 37, 16).map(|t| t.0), [34, 35, 36, 36]);
+        assert_eq!(cubic_taps(0, 37, 16, Corners::Edges).map(|t| t.0), [0, 0, 1, 2]);
+        assert_eq!(cubic_taps(15, 37, 16, Corners::Edges).map(|t| t.0), [34, 35, 36, 36]);
+    }
+
+    #[test]
+    fn aligned_corners_are_kept() {
+        let grid: Vec<f32> = (0..9).map(|i| (i as f32 * 1.3).cos()).collect();
+        let fitted = resize_grid(&grid, 3, 5, 1, Corners::Centres);
+        for (at, from) in [(0, 0), (2, 1), (4, 2), (10, 3), (12, 4), (24, 8)] {
+            assert!((fitted[at] - grid[from]).abs() < 1e-6, "{at}");
+        }
     }
 
     #[test]
@@ -95,7 +118,7 @@ mod tests {
         let mut values = vec![7.0f32, 8.0];
         values.extend([3.0, 4.0].repeat(9));
         let positions = Tensor::from_vec(values, (1, 10, 2), &Device::Cpu).unwrap();
-        let fitted = fit_positions(&positions, 5).unwrap();
+        let fitted = fit_positions(&positions, 5, Corners::Edges).unwrap();
         assert_eq!(fitted.dims(), [1, 26, 2]);
         let rows = fitted.squeeze(0).unwrap().to_vec2::<f32>().unwrap();
         assert_eq!(rows[0], [7.0, 8.0]);
@@ -106,7 +129,7 @@ mod tests {
     fn what_is_no_square_is_refused() {
         for shape in [vec![1, 11, 2], vec![10, 2], vec![1, 1, 2], vec![1, 0, 2]] {
             let positions = Tensor::zeros(shape, candle_core::DType::F32, &Device::Cpu).unwrap();
-            assert!(fit_positions(&positions, 3).unwrap_err().to_string().contains("pos_embed"));
+            assert!(fit_positions(&positions, 3, Corners::Centres).unwrap_err().to_string().contains("pos_embed"));
         }
     }
 }
