@@ -378,6 +378,9 @@ impl Parts {
     fn fitted_positions(&self, tensor: &Stored) -> Result<Stored> {
         let config = &self.vision.0;
         let side = config.image_size / config.patch_size.max(1);
+        if tensor.dims().get(1) == Some(&(side * side + 1)) {
+            return Ok(tensor.clone());
+        }
         let tensor = tensor.load()?.to_dtype(DType::F32)?;
         Ok(crate::nn::fit_positions(&tensor, side, config.corners())?.into())
     }
@@ -558,20 +561,24 @@ impl Language {
     }
 
     fn write_tokenizer(&self, image: &ImageToken, folder: &Path) -> Result<()> {
-        if let Some(from) = &self.files
-            && from.join("tokenizer_config.json").is_file()
-        {
-            return copy_tokenizer(from, folder);
-        }
         let special = self.tokenizer.special();
         let name = |id: u32| self.tokenizer.id_to_token(id).unwrap_or_default();
-        let json = match special.bos {
-            // Our prompts begin with it, so transformers' shall.
-            Some(bos) if !self.is_t5() => self.tokenizer.with_prefix(vec![bos]).to_json()?,
-            _ => self.tokenizer.to_json()?,
-        };
+        let own = self.files.as_ref().filter(|from| from.join("tokenizer_config.json").is_file());
+        if let Some(from) = own {
+            copy_tokenizer(from, folder)?;
+        }
         let path = folder.join("tokenizer.json");
-        std::fs::write(&path, json).map_err(Error::io(&path))?;
+        if !path.exists() {
+            let json = match special.bos {
+                // Our prompts begin with it, so transformers' shall.
+                Some(bos) if !self.is_t5() => self.tokenizer.with_prefix(vec![bos]).to_json()?,
+                _ => self.tokenizer.to_json()?,
+            };
+            std::fs::write(&path, json).map_err(Error::io(&path))?;
+        }
+        if own.is_some() {
+            return Ok(());
+        }
         let mut about = json!({
             "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": false,
             "eos_token": name(special.eos), "pad_token": name(special.pad), "padding_side": "left",

@@ -261,10 +261,23 @@ fn open_folder(folder: &Path, format: WeightFormat) -> Result<(Llm, Tokenizer)> 
 /// The tokenizer of a language model in Hugging Face layout, whose `config.json` holds `config`.
 ///
 /// # Errors
-/// If `tokenizer.json` is missing or broken, or a special id is not in it.
+/// If there is neither a `tokenizer.json` nor OPT's `vocab.json` and `merges.txt`, they are broken, or a special id is
+/// not in them.
 pub fn tokenizer_of(folder: &Path, config: &serde_json::Value) -> Result<Tokenizer> {
     let path = folder.join("tokenizer.json");
-    let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
+    let special = special_ids(config).map_err(|err| Error::file(&path, err.to_string()))?;
+    let read = |path: &Path| std::fs::read(path).map_err(Error::io(path));
+    let vocab = folder.join("vocab.json");
+    if config["model_type"] == "opt" && !path.exists() && vocab.exists() {
+        let merges = folder.join("merges.txt");
+        let text = String::from_utf8_lossy(&read(&merges)?).into_owned();
+        let made = Tokenizer::from_gpt2(&read(&vocab)?, &text, special);
+        return made.map_err(|err| Error::file(&vocab, err.to_string()));
+    }
+    Tokenizer::from_json(&read(&path)?, special).map_err(|err| Error::file(&path, err.to_string()))
+}
+
+fn special_ids(config: &serde_json::Value) -> Result<SpecialIds> {
     // Models may end with any of several tokens; the first is what training puts there.
     let id = |name: &str| {
         let value = &config[name];
@@ -275,16 +288,14 @@ pub fn tokenizer_of(folder: &Path, config: &serde_json::Value) -> Result<Tokeniz
         Some("t5") => (None, Some(1), Some(0)),
         _ => (None, None, None),
     };
-    let wrong = |e: Error| Error::file(&path, e.to_string());
     let eos = id("eos_token_id").or(eos);
-    let eos = eos.ok_or_else(|| wrong(Error::Config("config.json names no eos_token_id".into())))?;
+    let eos = eos.ok_or_else(|| Error::Config("config.json names no eos_token_id".into()))?;
     let is_t5 = config["model_type"] == "t5";
-    let special = SpecialIds {
+    Ok(SpecialIds {
         bos: if is_t5 { None } else { id("bos_token_id").or(bos) },
         eos,
         pad: id("pad_token_id").or(pad).unwrap_or(eos),
-    };
-    Tokenizer::from_json(&bytes, special).map_err(wrong)
+    })
 }
 
 /// Decodes what follows a prompt of embeddings. The prompt is computed once per row; beams and

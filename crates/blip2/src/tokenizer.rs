@@ -210,13 +210,34 @@ impl Tokenizer {
         // Truncation and padding are ours to do.
         inner.with_truncation(None).map_err(|e| refuse(&e))?;
         inner.with_padding(None);
-        for id in [special.bos, Some(special.eos), Some(special.pad)].into_iter().flatten() {
-            if inner.id_to_token(id).is_none() {
-                return Err(Error::Tokenizer(format!("tokenizer.json has no token of id {id}")));
-            }
-        }
+        check_special(&inner, special, "tokenizer.json")?;
         let (prefix, suffix) = surroundings(&inner).map_err(|e| refuse(&e))?;
         Ok(Self { inner, prefix, suffix, special, clean_up: false })
+    }
+
+    /// GPT-2's byte-level BPE from the texts of a `vocab.json` and a `merges.txt`, as OPT's folders have it: without a
+    /// `tokenizer.json`, and with the start token in front of a text. The tokens written `<…>` or `</…>` whose ids are
+    /// below four are special.
+    ///
+    /// # Errors
+    /// Not such files, or a special id that the vocabulary doesn't have.
+    pub fn from_gpt2(vocab: &[u8], merges_txt: &str, special: SpecialIds) -> Result<Self> {
+        let vocab: HashMap<String, u32> = serde_json::from_slice(vocab)
+            .map_err(|e| Error::Tokenizer(format!("vocab.json: {e}")))?;
+        let lines = merges_txt.lines().filter(|line| !line.is_empty() && !line.starts_with("#version"));
+        let merges = merges(lines, |token| vocab.contains_key(token))?;
+        let control: Vec<String> = vocab
+            .iter()
+            .filter(|(token, id)| **id < 4 && token.starts_with('<') && token.ends_with('>'))
+            .map(|(token, _)| token.clone())
+            .collect();
+        let mut inner = tokenizers::Tokenizer::new(BPE::new(vocab.into_iter().collect(), merges));
+        inner.with_pre_tokenizer(Some(byte_level()));
+        inner.with_decoder(Some(byte_level()));
+        add_special(&mut inner, control)?;
+        check_special(&inner, special, "vocab.json")?;
+        let prefix = special.bos.into_iter().collect();
+        Ok(Self { inner, prefix, suffix: Vec::new(), special, clean_up: false })
     }
 
     /// The ids of `text`, with the model's special tokens around them if `special` says so.
@@ -386,6 +407,15 @@ fn add_special<S: Into<String>>(
     Ok(())
 }
 
+fn check_special(inner: &tokenizers::Tokenizer, special: SpecialIds, file: &str) -> Result<()> {
+    for id in [special.bos, Some(special.eos), Some(special.pad)].into_iter().flatten() {
+        if inner.id_to_token(id).is_none() {
+            return Err(Error::Tokenizer(format!("{file} has no token of id {id}")));
+        }
+    }
+    Ok(())
+}
+
 /// What the post-processor puts in front of and behind a text, found by trying it on one.
 fn surroundings(inner: &tokenizers::Tokenizer) -> tokenizers::Result<(Vec<u32>, Vec<u32>)> {
     let bare = inner.encode_fast("a", false)?;
@@ -408,22 +438,29 @@ fn byte_pair_model(meta: &Metadata<'_>, tokens: &[&str]) -> Result<ModelWrapper>
             return Err(Error::Tokenizer(format!("token {token:?} has the ids {other} and {id}")));
         }
     }
+    let merges = merges(meta.strings("tokenizer.ggml.merges")?, |token| ids.contains_key(token))?;
+    let vocab = tokens.iter().enumerate().map(|(id, token)| ((*token).to_owned(), id as u32));
+    Ok(BPE::new(vocab.collect(), merges).into())
+}
+
+/// Pairs of tokens from lines `a b`; each must join two known tokens to a third.
+fn merges<'a>(
+    lines: impl IntoIterator<Item = &'a str>,
+    known: impl Fn(&str) -> bool,
+) -> Result<Vec<(String, String)>> {
     let mut merges = Vec::new();
-    for merge in meta.strings("tokenizer.ggml.merges")? {
-        let pair = merge.split_once(' ').filter(|(a, b)| {
-            let known = |token: &str| ids.contains_key(token);
-            known(a) && known(b) && known(&format!("{a}{b}"))
-        });
-        let Some((a, b)) = pair else {
+    for line in lines {
+        let pair = line.split_once(' ');
+        let Some((a, b)) = pair.filter(|(a, b)| known(a) && known(b) && known(&format!("{a}{b}")))
+        else {
             return Err(Error::Tokenizer(format!(
-                "merge {} is {merge:?}, which does not join two tokens to a third",
+                "merge {} is {line:?}, which does not join two tokens to a third",
                 merges.len()
             )));
         };
         merges.push((a.to_owned(), b.to_owned()));
     }
-    let vocab = tokens.iter().enumerate().map(|(id, token)| ((*token).to_owned(), id as u32));
-    Ok(BPE::new(vocab.collect(), merges).into())
+    Ok(merges)
 }
 
 /// Named values of a GGUF header.
