@@ -36,6 +36,9 @@ SEARCHES = {
     "beams": dict(num_beams=4, max_new_tokens=8),
     "short_beams": dict(num_beams=3, max_new_tokens=7, length_penalty=-1.0),
     "long_beams": dict(num_beams=3, max_new_tokens=7, length_penalty=1.5),
+    # The ids of the prompt count, too, where there is no encoder.
+    "penalised": dict(num_beams=1, max_new_tokens=8, repetition_penalty=1.7),
+    "penalised_beams": dict(num_beams=3, max_new_tokens=8, repetition_penalty=1.4),
 }
 OPT = dict(num_hidden_layers=2, num_attention_heads=3, hidden_size=27, ffn_dim=40, max_position_embeddings=60)
 T5 = dict(d_model=26, d_kv=7, d_ff=38, num_layers=3, num_heads=3, relative_attention_num_buckets=8, relative_attention_max_distance=12)

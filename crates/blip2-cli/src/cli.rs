@@ -6,7 +6,9 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::str::FromStr;
 
+use blip2::hub::HubId;
 use blip2_ops::WeightFormat;
 use clap::builder::FalseyValueParser;
 use clap::error::ErrorKind;
@@ -55,13 +57,14 @@ fn wrong_usage(verb: &str, reason: String) -> clap::Error {
 /// Flags of every verb.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Global {
-    /// `mini` (fetched once), or a folder with a model.json
+    /// `mini` (fetched once), a model folder (ours or Hugging Face's), or a name on the hub (fetched once; HF_HOME, HF_TOKEN,
+    /// HF_HUB_OFFLINE)
     #[arg(
         long,
         global = true,
         env = "BLIP2_MODEL",
         default_value = "mini",
-        value_name = "DIR|mini"
+        value_name = "DIR|ORG/NAME|mini"
     )]
     pub(crate) model: String,
     /// How frozen and served weights are kept in memory: f32, f16, q8_0, q4_k
@@ -182,6 +185,15 @@ pub(crate) struct GenerateArgs {
         allow_negative_numbers = true
     )]
     pub(crate) repetition_penalty: f32,
+    /// What counts as said: the prompt, too (as transformers has it), or new tokens only (as LAVIS had it)
+    #[arg(
+        long,
+        env = "BLIP2_REPETITION_SCOPE",
+        value_enum,
+        value_name = "SCOPE",
+        default_value_t = ScopeName::All
+    )]
+    pub(crate) repetition_scope: ScopeName,
     /// Sample from the most likely tokens that together have probability X (instead of beams)
     #[arg(long, env = "BLIP2_TOP_P", value_name = "X", value_parser = probability, allow_negative_numbers = true)]
     pub(crate) top_p: Option<f32>,
@@ -319,31 +331,54 @@ pub(crate) struct EmbedArgs {
     pub(crate) pictures: PictureArgs,
 }
 
+/// Which ids the repetition penalty counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ScopeName {
+    /// Prompt and new tokens
+    All,
+    /// New tokens only
+    New,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
-    /// `mini` or a folder [default: --model]
+    /// As --model, which it stands for
     pub(crate) name: Option<String>,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct PullArgs {
-    /// Whose parts
-    #[arg(value_enum, value_name = "MODEL", default_value_t = PullName::Mini)]
+    /// `mini`, the BERT that training starts from (`minilm`), or a model on the hub (its newest state)
+    #[arg(value_name = "mini|minilm|ORG/NAME[@REVISION]", default_value = "mini")]
     pub(crate) name: PullName,
 }
 
 /// What can be fetched.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum PullName {
-    /// The frozen parts of mini
+    /// The frozen parts of mini.
     Mini,
-    /// The BERT that training starts from
+    /// The BERT that training starts from.
     Minilm,
+    /// A model of the Hugging Face hub.
+    Hub(HubId),
+}
+
+impl FromStr for PullName {
+    type Err = blip2::Error;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(match text {
+            "mini" => Self::Mini,
+            "minilm" => Self::Minilm,
+            _ => Self::Hub(text.parse()?),
+        })
+    }
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct ConvertArgs {
-    /// A model folder (ours or Hugging Face's), `mini`, or a LAVIS checkpoint (.pth)
+    /// As --model, or a LAVIS checkpoint (.pth)
     pub(crate) from: String,
     /// The folder to write
     pub(crate) to: PathBuf,

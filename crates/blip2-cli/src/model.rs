@@ -3,11 +3,12 @@
 use std::path::Path;
 
 use anyhow::Context as _;
-use blip2::generate::{Beam, Options, Sampling, Strategy};
+use blip2::generate::{Beam, Options, RepetitionScope, Sampling, Strategy};
+use blip2::hub::{Hub, HubId};
 use blip2::mini;
 use blip2::model::{Captioner, Matcher, Model};
 
-use crate::cli::{GenerateArgs, Global};
+use crate::cli::{GenerateArgs, Global, ScopeName};
 use crate::progress::Progress;
 
 /// Finds the model that `name` stands for and reads its description.
@@ -16,10 +17,18 @@ pub(crate) fn open(name: &str) -> anyhow::Result<Model> {
         return Ok(mini::model()?);
     }
     let folder = Path::new(name);
-    if !folder.is_dir() {
-        anyhow::bail!("--model {name}: neither `mini` nor a folder");
+    if folder.is_dir() {
+        return Model::open_folder(folder).with_context(|| format!("--model {name}"));
     }
-    Model::open_folder(folder).with_context(|| format!("--model {name}"))
+    let Ok(id) = name.parse::<HubId>() else {
+        anyhow::bail!("--model {name}: neither `mini`, nor a folder, nor a name on the hub (ORG/NAME)");
+    };
+    let mut bar = Progress::bytes();
+    let mut progress = |name: &str, done, total| bar.update(name, done, total);
+    let folder = Hub::from_env()?
+        .folder(&id, &mut progress)
+        .with_context(|| format!("--model {name}: no such folder here, so a name on the hub"))?;
+    Model::open_folder(&folder).with_context(|| format!("--model {name}"))
 }
 
 /// Loads what captions and answers.
@@ -59,6 +68,10 @@ pub(crate) fn generate_options(args: &GenerateArgs, num_return: usize) -> Option
         max_new_tokens: args.max_new_tokens.into(),
         min_new_tokens: args.min_new_tokens.into(),
         repetition_penalty: args.repetition_penalty,
+        repetition_scope: match args.repetition_scope {
+            ScopeName::All => RepetitionScope::All,
+            ScopeName::New => RepetitionScope::New,
+        },
         num_return,
         eos: Vec::new(),
     }

@@ -1,6 +1,7 @@
-//! `blip2 pull`: fetch a model's parts into the cache, checked against their hashes.
+//! `blip2 pull`: fetch a model's parts into the cache, checked against their hashes; a model of the hub into its own.
 
 use blip2::assets::{self, Check};
+use blip2::hub::Hub;
 use serde_json::json;
 
 use crate::cli::{Global, PullArgs, PullName};
@@ -10,15 +11,16 @@ use crate::{Outcome, output};
 pub(crate) fn run(global: &Global, args: &PullArgs) -> anyhow::Result<Outcome> {
     let mut bar = Progress::bytes();
     let mut progress = |name: &str, done, total| bar.update(name, done, total);
-    let files = match args.name {
+    let files = match &args.name {
         PullName::Mini => {
             let parts = assets::mini_parts(Check::Full, &mut progress)?;
-            [parts.vit, parts.llm_gguf]
+            vec![parts.vit, parts.llm_gguf]
         }
         PullName::Minilm => {
             let parts = assets::bert_minilm(Check::Full, &mut progress)?;
-            [parts.weights, parts.vocab]
+            vec![parts.weights, parts.vocab]
         }
+        PullName::Hub(id) => vec![Hub::from_env()?.fetch(id, &mut progress)?],
     };
     drop(bar);
     for file in files {

@@ -26,9 +26,10 @@ pub trait StepModel {
     /// Makes row `i` a copy of the present row `rows[i]`. The number of rows may grow (one prompt,
     /// several beams) and shrink (finished rows leave).
     fn reorder(&mut self, rows: &[usize]) -> Result<()>;
-    /// Ids that stand in the decoder before the first generated one (a start token). Only the
-    /// repetition penalty looks at them; a prompt given as embeddings has none.
-    fn prompt_ids(&self) -> &[u32] {
+    /// Ids that stand before the first generated one of picture `item` (a start token, the prompt, placeholders of the
+    /// picture). Only the repetition penalty looks at them.
+    fn prompt_ids(&self, item: usize) -> &[u32] {
+        let _ = item;
         &[]
     }
 }
@@ -42,12 +43,24 @@ pub struct Options {
     pub max_new_tokens: usize,
     /// No end token before this many tokens.
     pub min_new_tokens: usize,
-    /// Divides positive and multiplies negative scores of ids already generated; 1 is off.
+    /// Divides positive and multiplies negative scores of ids that were there before; 1 is off.
     pub repetition_penalty: f32,
+    /// Where "before" begins.
+    pub repetition_scope: RepetitionScope,
     /// Hypotheses returned per picture: the best beams, or so many samples. 1 for greedy search.
     pub num_return: usize,
     /// End tokens; none means that every row runs to `max_new_tokens`.
     pub eos: Vec<u32>,
+}
+
+/// Which ids the repetition penalty counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RepetitionScope {
+    /// Those of the prompt, too, as transformers has done since it gives them to the language model.
+    #[default]
+    All,
+    /// Generated ones only, as LAVIS did.
+    New,
 }
 
 /// How the next token is chosen.
@@ -108,6 +121,7 @@ impl Default for Options {
             max_new_tokens: 30,
             min_new_tokens: 0,
             repetition_penalty: 1.0,
+            repetition_scope: RepetitionScope::All,
             num_return: 1,
             eos: Vec::new(),
         }
@@ -261,7 +275,7 @@ fn one_by_one(
 ) -> Result<Vec<Vec<Hypothesis>>> {
     let batch = first.values.len() / first.vocab;
     let copies = options.num_return;
-    let prompt = model.prompt_ids().to_vec();
+    let prompts = prompts(model, batch, options);
     let mut alive: Vec<Sequence> = (0..batch * copies)
         .map(|i| Sequence { item: i / copies, sample: i % copies, tokens: vec![], score: 0.0 })
         .collect();
@@ -271,7 +285,8 @@ fn one_by_one(
     let mut done: Vec<Vec<(usize, Hypothesis)>> = (0..batch).map(|_| Vec::new()).collect();
     loop {
         alive.par_iter_mut().zip(&row_of).for_each(|(sequence, row)| {
-            extend(sequence, logits.row(*row), &prompt, options, sampling);
+            let prompt = &prompts[sequence.item];
+            extend(sequence, logits.row(*row), prompt, options, sampling);
         });
         let mut rows = Vec::with_capacity(alive.len());
         let mut still = Vec::with_capacity(alive.len());
@@ -303,6 +318,15 @@ fn one_by_one(
             samples.into_iter().map(|(_, hypothesis)| hypothesis).collect()
         })
         .collect())
+}
+
+/// The ids that the repetition penalty counts before the first new one, of each picture.
+fn prompts(model: &dyn StepModel, batch: usize, options: &Options) -> Vec<Vec<u32>> {
+    let of = |item| match options.repetition_scope {
+        RepetitionScope::All => model.prompt_ids(item).to_vec(),
+        RepetitionScope::New => Vec::new(),
+    };
+    (0..batch).map(of).collect()
 }
 
 fn ended(tokens: &[u32], options: &Options) -> bool {
@@ -479,13 +503,14 @@ fn beam_search(
     sampling: Option<&Sampling>,
 ) -> Result<Vec<Vec<Hypothesis>>> {
     let batch = first.values.len() / first.vocab;
-    let prompt = model.prompt_ids().to_vec();
+    let prompts = prompts(model, batch, options);
     let mut searches: Vec<Search> = (0..batch).map(|item| Search::new(item, beam)).collect();
     let mut results: Vec<Vec<Hypothesis>> = (0..batch).map(|_| Vec::new()).collect();
     let mut logits = first;
     loop {
         searches.par_iter_mut().for_each(|search| {
-            search.advance(&logits, &prompt, options, beam, sampling);
+            let prompt = &prompts[search.item];
+            search.advance(&logits, prompt, options, beam, sampling);
         });
         let (done, open): (Vec<_>, Vec<_>) = searches.into_iter().partition(|s| s.done);
         for mut search in done {

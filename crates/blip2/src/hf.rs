@@ -56,6 +56,8 @@ struct Config {
     num_query_tokens: usize,
     #[serde(default = "two_hundred_fifty_six")]
     image_text_hidden_size: usize,
+    #[serde(default)]
+    image_token_index: Option<u32>,
 }
 
 fn thirty_two() -> usize {
@@ -242,10 +244,8 @@ impl Checkpoint {
         if !vision.qkv_bias {
             return wrong("vision_config.qkv_bias is false; only true is known".into());
         }
-        let pixels: Preprocessor = read(&folder.join("preprocessor_config.json"))?;
-        pixels
-            .check(vision.image_size)
-            .map_err(|e| Error::file(folder.join("preprocessor_config.json"), e.to_string()))?;
+        let (pixels, path) = Preprocessor::read(folder)?;
+        pixels.check(vision.image_size).map_err(|e| Error::file(path, e.to_string()))?;
         let path = folder.join("generation_config.json");
         let generation = if path.is_file() { read(&path)? } else { GenerationConfig::default() };
         let tensors = shards::open(folder)?;
@@ -364,6 +364,12 @@ impl Checkpoint {
         ids.map_or_else(|| vec![if self.is_t5() { 1 } else { 2 }], |ids| ids.list())
     }
 
+    /// The id that stands for a picture in the prompts of transformers, if this folder is of a version that has one.
+    #[must_use]
+    pub fn image_token(&self) -> Option<u32> {
+        self.config.image_token_index
+    }
+
     /// The language model's tokenizer.
     ///
     /// # Errors
@@ -467,6 +473,24 @@ impl Checkpoint {
 }
 
 impl Preprocessor {
+    /// From `preprocessor_config.json`, or, as transformers 5 writes it, from a part of `processor_config.json`. Gives the
+    /// file's path, too.
+    fn read(folder: &Path) -> Result<(Self, PathBuf)> {
+        #[derive(Deserialize)]
+        struct Processor {
+            image_processor: Option<Preprocessor>,
+        }
+        let own = folder.join("preprocessor_config.json");
+        let shared = folder.join("processor_config.json");
+        if !own.is_file() && shared.is_file() {
+            let Processor { image_processor } = read(&shared)?;
+            if let Some(pixels) = image_processor {
+                return Ok((pixels, shared));
+            }
+        }
+        Ok((read(&own)?, own))
+    }
+
     /// Refuses pixels that would be made in another way than ours.
     fn check(&self, image_size: usize) -> Result<()> {
         let refuse = |what: String| Err(Error::Config(what));

@@ -12,6 +12,7 @@ pub mod convert;
 mod error;
 pub mod generate;
 pub mod hf;
+pub mod hub;
 pub mod image;
 pub mod lavis;
 pub mod llama;

@@ -305,8 +305,8 @@ pub struct LlmDecoder<'a> {
     prompt: Tensor,
     mask: Vec<Vec<bool>>,
     seen: Seen,
-    /// What the decoder of an encoder–decoder starts with.
-    start_ids: Vec<u32>,
+    /// Per row, what the decoder has before the first new id.
+    prompt_ids: Vec<Vec<u32>>,
 }
 
 /// What has been read and written so far.
@@ -339,7 +339,14 @@ impl<'a> LlmDecoder<'a> {
             Llm::T5(t5) => (Seen::Memory(None), vec![t5.config().decoder_start_token_id]),
             Llm::Llama(_) | Llm::Opt(_) => (Seen::Cache(llm.new_cache()), Vec::new()),
         };
-        Ok(Self { llm, prompt, mask, seen, start_ids })
+        Ok(Self { llm, prompt, mask, seen, prompt_ids: vec![start_ids; b] })
+    }
+
+    /// Says which ids the embeddings of each row's prompt stand for: to a decoder without encoder they are part of the text
+    /// that the repetition penalty looks at.
+    #[must_use]
+    pub fn with_prompt_ids(self, ids: Vec<Vec<u32>>) -> Self {
+        if self.llm.has_encoder() { self } else { Self { prompt_ids: ids, ..self } }
     }
 
     /// A decoder reads the prompt: logits behind the last position of each row that holds something.
@@ -396,7 +403,7 @@ impl StepModel for LlmDecoder<'_> {
         }
     }
 
-    fn prompt_ids(&self) -> &[u32] {
-        &self.start_ids
+    fn prompt_ids(&self, item: usize) -> &[u32] {
+        self.prompt_ids.get(item).map_or(&[], Vec::as_slice)
     }
 }

@@ -299,11 +299,11 @@ impl Model {
         let vision = self.vision(format.unwrap_or(WeightFormat::F32), &mut *progress)?;
         let (llm, tokenizer) = self.llm(format, progress)?;
         let bridge = self.build(&part.weights, format, |p| Stage2::new(p, &part.config))?;
-        let end_ids = match &self.files {
-            Files::HuggingFace(checkpoint) => checkpoint.end_ids(),
-            _ => vec![tokenizer.special().eos],
+        let (end_ids, image_token) = match &self.files {
+            Files::HuggingFace(checkpoint) => (checkpoint.end_ids(), checkpoint.image_token()),
+            _ => (vec![tokenizer.special().eos], None),
         };
-        Ok(Captioner { vision, bridge, llm, tokenizer, part, end_ids })
+        Ok(Captioner { vision, bridge, llm, tokenizer, part, end_ids, image_token })
     }
 
     /// Loads what matches and embeds.
@@ -460,6 +460,8 @@ pub struct Captioner {
     part: Stage2Part,
     /// Ids that end a text.
     end_ids: Vec<u32>,
+    /// The id that stands for a picture in the prompts of transformers.
+    image_token: Option<u32>,
 }
 
 impl Captioner {
@@ -520,7 +522,9 @@ impl Captioner {
         if options.eos.is_empty() {
             options.eos = self.end_ids.clone();
         }
-        let mut decoder = LlmDecoder::new(&self.llm, embeds, mask)?;
+        let before = ids.into_iter().map(|ids| self.image_token.into_iter().chain(ids).collect());
+        let mut decoder =
+            LlmDecoder::new(&self.llm, embeds, mask)?.with_prompt_ids(before.collect());
         generate::generate(&mut decoder, b, &options)
     }
 

@@ -79,6 +79,7 @@ fn options(search: &Value) -> Options {
         strategy,
         max_new_tokens: number("max_new_tokens"),
         min_new_tokens: number("min_new_tokens"),
+        repetition_penalty: given["repetition_penalty"].as_f64().unwrap_or(1.0) as f32,
         ..Options::default()
     }
 }
@@ -185,6 +186,46 @@ fn opt_is_transformers() {
             let whole = logits.narrow(0, 0, 1).unwrap().narrow(1, t, 1).unwrap();
             assert_close("cached", &llm.logits(&hidden).unwrap(), &whole, 1e-5);
         }
+    }
+}
+
+/// transformers 5 puts the image processor's settings into `processor_config.json`, the ids that start and end a text into
+/// `text_config` (no other place names them here), and says of T5 that its head is tied when it is not.
+#[test]
+fn a_folder_of_transformers_5_gives_the_same() {
+    let tensors = read_file(&golden("blip2_hf.safetensors")).unwrap();
+    let picture = picture(&tensors);
+    for case in ["opt_f32", "t5_bf16"] {
+        let dir = tempfile::tempdir().unwrap();
+        for entry in std::fs::read_dir(golden("hf").join(case)).unwrap() {
+            let path = entry.unwrap().path();
+            std::fs::copy(&path, dir.path().join(path.file_name().unwrap())).unwrap();
+        }
+        let json = |name: &str| -> Value {
+            serde_json::from_slice(&std::fs::read(dir.path().join(name)).unwrap()).unwrap()
+        };
+        let write = |name: &str, value: &Value| {
+            std::fs::write(dir.path().join(name), value.to_string()).unwrap();
+        };
+        let mut pixels = json("preprocessor_config.json");
+        pixels.as_object_mut().unwrap().remove("processor_class");
+        write(
+            "processor_config.json",
+            &json!({"image_processor": pixels, "num_query_tokens": 5, "processor_class": "Blip2Processor"}),
+        );
+        let mut config = json("config.json");
+        config["text_config"]["tie_word_embeddings"] = true.into();
+        config["text_config"]["eos_token_id"] = json("generation_config.json")["eos_token_id"].clone();
+        write("config.json", &config);
+        for name in ["preprocessor_config.json", "generation_config.json"] {
+            std::fs::remove_file(dir.path().join(name)).unwrap();
+        }
+        let caption = |model: Model| {
+            let captioner = model.captioner(None, &mut quiet).unwrap();
+            let options = Options { max_new_tokens: 8, ..Options::default() };
+            captioner.generate(std::slice::from_ref(&picture), &["a photo of"], &options).unwrap()
+        };
+        assert_eq!(caption(Model::open_folder(dir.path()).unwrap()), caption(open(case)), "{case}");
     }
 }
 

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use blip2::assets;
 use blip2::generate::{
-    Beam, EarlyStopping, Hypothesis, Options, Sampling, StepModel, Strategy, generate,
+    Beam, EarlyStopping, Hypothesis, Options, RepetitionScope, Sampling, StepModel, Strategy, generate,
 };
 use blip2::llama::{Gguf, Llama, LlamaConfig};
 use blip2::llm::{Llm, LlmDecoder};
@@ -775,6 +775,7 @@ fn decoding_is_transformers() {
             max_new_tokens: about["max_new_tokens"].as_u64().unwrap() as usize,
             min_new_tokens: whole("min_new_tokens", 0),
             repetition_penalty: real("repetition_penalty"),
+            repetition_scope: RepetitionScope::All,
             num_return: whole("num_return_sequences", 1),
             eos: match &settings["eos_token_id"] {
                 serde_json::Value::Array(_) => ids_of(&settings["eos_token_id"]),
