@@ -24,7 +24,10 @@ pub(crate) fn run(global: &Global, args: &ConvertArgs) -> anyhow::Result<Outcome
 
 fn lavis(args: &ConvertArgs) -> anyhow::Result<u64> {
     if args.packs() {
-        bail!("{}: a LAVIS checkpoint is not packed; convert it with --layout blip2 first", args.from);
+        bail!(
+            "{}: a LAVIS checkpoint is not packed; convert it with --layout blip2 first",
+            args.from
+        );
     }
     let heads = HeadCounts {
         vision: args.vision_heads.map(usize::from),

@@ -21,7 +21,9 @@ pub(crate) fn open(name: &str) -> anyhow::Result<Model> {
         return Model::open_folder(folder).with_context(|| format!("--model {name}"));
     }
     let Ok(id) = name.parse::<HubId>() else {
-        anyhow::bail!("--model {name}: neither `mini`, nor a folder, nor a name on the hub (ORG/NAME)");
+        anyhow::bail!(
+            "--model {name}: neither `mini`, nor a folder, nor a name on the hub (ORG/NAME)"
+        );
     };
     let mut bar = Progress::bytes();
     let mut progress = |name: &str, done, total| bar.update(name, done, total);

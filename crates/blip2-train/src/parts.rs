@@ -17,25 +17,29 @@ use std::path::{Path, PathBuf};
 
 use blip2::assets::{self, Check, Progress};
 use blip2::image::Normalize;
+use blip2::lavis::{HeadCounts, Lavis};
 use blip2::model::{
     Files, LlmPart, MANIFEST, Manifest, Model, PartFile, Stage1Part, Stage2Part, VisionPart,
 };
 use blip2::nn::Activation;
-use blip2::params;
 use blip2::qformer::QFormerConfig;
 use blip2::stage1::Stage1Config;
 use blip2::stage2::Stage2Config;
+use blip2::stored::Stored;
 use blip2::tokenizer::Tokenizer;
 use blip2::vit::VitConfig;
+use blip2::{params, shards};
 use blip2_ops::WeightFormat;
 use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 use serde_json::json;
 
-use crate::checkpoint::{save_tensors, sha256, write_atomic};
+use crate::checkpoint::{save_tensors, sha256, sha256_file, write_atomic};
 use crate::init;
 use crate::order::purpose;
-use crate::recipe::{BertSection, LlmSection, ModelSection, QformerSection, Recipe, VisionSection};
+use crate::recipe::{
+    BertSection, LlmSection, ModelSection, QformerSection, Recipe, VisionSection, weight_format,
+};
 use crate::rng::Rng;
 use crate::{Error, Result};
 
@@ -110,6 +114,7 @@ impl Base {
         manifest.llm = Some(LlmPart {
             weights: match llm {
                 LlmSection::Mini { .. } => PartFile::Mini,
+                LlmSection::Directory { path, .. } => llm_in(path)?,
                 LlmSection::Random { .. } => PartFile::File(LLM.into()),
             },
         });
@@ -243,6 +248,9 @@ pub fn vision_key(model: &Model) -> Result<serde_json::Value> {
     Ok(match &part.weights {
         PartFile::Mini => json!({"mini": part.config.image_size}),
         PartFile::File(name) => json!(sha256(&model.files().read(name)?)),
+        PartFile::Path(path) => {
+            json!({"sha256": sha256_file(path)?, "image_size": part.config.image_size})
+        }
         // No training run makes features of such an encoder yet, so nothing is ever found under this.
         PartFile::Checkpoint => json!({"checkpoint": model.files().describe("")}),
     })
@@ -263,7 +271,14 @@ fn earlier_manifest(dir: &Path) -> Result<Option<Manifest>> {
 /// # Errors
 /// If the file can't be read, or a tensor holds NaN or infinity; the message names both.
 pub(crate) fn read_start(path: &Path) -> Result<BTreeMap<String, Tensor>> {
-    let tensors = params::read_file(path)?;
+    let tensors = match path.extension() {
+        Some(ext) if ext == "pth" => {
+            let lavis = Lavis::new(shards::open_file(path)?, HeadCounts::default(), path)?;
+            let load = |(name, tensor): (String, Stored)| Ok((name, tensor.load()?));
+            lavis.bridge.into_iter().map(load).collect::<Result<_>>()?
+        }
+        _ => params::read_file(path)?,
+    };
     for (name, tensor) in &tensors {
         let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
         if let Some(value) = values.iter().find(|value| !value.is_finite()) {
@@ -360,6 +375,7 @@ fn vocabulary<'a>(texts: impl Iterator<Item = &'a str>) -> Vec<u8> {
 
 fn vision_part(section: &VisionSection, seed: u64, dir: &Path) -> Result<VisionPart> {
     match *section {
+        VisionSection::Directory { ref path, image_size, .. } => vision_in(path, image_size),
         VisionSection::Mini { image_size } => Ok(VisionPart {
             config: VitConfig { image_size, ..VitConfig::dino_s() },
             weights: PartFile::Mini,
@@ -387,6 +403,54 @@ fn vision_part(section: &VisionSection, seed: u64, dir: &Path) -> Result<VisionP
             })
         }
     }
+}
+
+/// The image encoder of a model folder of ours, for pictures of another size.
+fn vision_in(folder: &Path, image_size: usize) -> Result<VisionPart> {
+    let model = Model::open_folder(folder)?;
+    let part = model.manifest.vision.clone();
+    let patch = part.config.patch_size;
+    if patch == 0 || !image_size.is_multiple_of(patch) {
+        return Err(Error::Recipe(format!(
+            "model.vision.image_size is {image_size}, expected a multiple of {patch}, the side of a patch of {}",
+            folder.display()
+        )));
+    }
+    let weights = outside(&model, folder, &part.weights)?;
+    Ok(VisionPart { config: VitConfig { image_size, ..part.config }, weights, ..part })
+}
+
+/// A language model's folder, or that of the language model in a model folder of ours.
+fn llm_in(folder: &Path) -> Result<PartFile> {
+    if !folder.join(MANIFEST).is_file() {
+        return absolute(folder);
+    }
+    let model = Model::open_folder(folder)?;
+    match &model.manifest.llm {
+        Some(part) => outside(&model, folder, &part.weights),
+        None => Err(Error::Recipe(format!(
+            "model.llm.path: {} has no language model",
+            folder.display()
+        ))),
+    }
+}
+
+/// How a model in another folder names a part of the model in `folder`.
+fn outside(model: &Model, folder: &Path, weights: &PartFile) -> Result<PartFile> {
+    match weights {
+        PartFile::Mini => Ok(PartFile::Mini),
+        PartFile::File(name) => absolute(&model.files().describe(name)),
+        PartFile::Path(path) => Ok(PartFile::Path(path.clone())),
+        PartFile::Checkpoint => Err(Error::Recipe(format!(
+            "{} is in Hugging Face layout; training starts from ours: blip2 convert {} DIR",
+            folder.display(),
+            folder.display()
+        ))),
+    }
+}
+
+fn absolute(path: &Path) -> Result<PartFile> {
+    Ok(PartFile::Path(std::path::absolute(path).map_err(Error::io(path))?))
 }
 
 /// Draws tensors that keep the size of what passes through them, so that a random network still tells pictures apart.
@@ -508,16 +572,27 @@ fn byte_tokenizer() -> serde_json::Value {
     })
 }
 
+/// The weight format of the frozen image encoder.
+///
+/// # Errors
+/// If the recipe's format is not one of ours; a checked recipe's is.
+pub fn vision_format(section: &VisionSection) -> Result<WeightFormat> {
+    match section {
+        VisionSection::Directory { weights, .. } => weight_format("model.vision.weights", weights),
+        VisionSection::Mini { .. } | VisionSection::Random { .. } => Ok(WeightFormat::F32),
+    }
+}
+
 /// The weight format of the frozen language model; `None` keeps what is stored.
 ///
 /// # Errors
 /// If the recipe's format is not one of ours; a checked recipe's is.
 pub fn llm_format(section: &LlmSection) -> Result<Option<WeightFormat>> {
     match section {
-        LlmSection::Mini { weights } if weights != "stored" => {
-            let format = weights.parse();
-            Ok(Some(format.map_err(|_| Error::Recipe(format!("model.llm.weights is {weights}")))?))
+        LlmSection::Mini { weights } if weights == "stored" => Ok(None),
+        LlmSection::Mini { weights } | LlmSection::Directory { weights, .. } => {
+            weight_format("model.llm.weights", weights).map(Some)
         }
-        _ => Ok(None),
+        LlmSection::Random { .. } => Ok(None),
     }
 }

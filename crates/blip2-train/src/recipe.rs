@@ -6,6 +6,7 @@
 
 use std::path::{Path, PathBuf};
 
+use blip2_ops::WeightFormat;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::sha256;
@@ -126,6 +127,15 @@ pub enum VisionSection {
         /// Side of the square input in pixels: a multiple of 14. Positions are resized to it.
         image_size: usize,
     },
+    /// That of a model folder of ours, which `blip2 convert` makes of any checkpoint.
+    Directory {
+        /// The folder.
+        path: PathBuf,
+        /// Side of the square input in pixels: a multiple of the patches'. Positions are resized to it.
+        image_size: usize,
+        /// How its matrices are held: `f32`, `f16`, `q8_0`, `q4_k`.
+        weights: String,
+    },
     /// Random weights of this shape, for tests.
     Random {
         /// Side of the square input in pixels.
@@ -192,6 +202,13 @@ pub enum LlmSection {
         /// How its matrices are held: `f32`, `f16`, `q8_0`, `q4_k`, or `stored` as they are in the file.
         weights: String,
     },
+    /// An OPT, T5 or LLaMA in Hugging Face layout, or that of a model folder of ours.
+    Directory {
+        /// The folder.
+        path: PathBuf,
+        /// How its matrices are held: `f32`, `f16`, `q8_0`, `q4_k`.
+        weights: String,
+    },
     /// Random weights of this shape and a byte vocabulary, for tests.
     Random {
         /// Features per token.
@@ -248,6 +265,10 @@ pub struct Stage2Section {
     pub texts_per_picture: usize,
     /// Probability that a text is a question and its answer, instead of a caption, where a sample has both left.
     pub questions: f64,
+    /// Whether an encoder–decoder is also given the beginning of a caption, up to a place drawn from its first half, and
+    /// writes the rest (paper §3.3). A language model that only decodes knows no such thing.
+    #[serde(default)]
+    pub prefix_lm: bool,
     /// How long and in what portions.
     pub train: TrainSection,
     /// The optimiser and its schedule.
@@ -344,6 +365,8 @@ pub enum Stage {
         texts_per_picture: usize,
         /// See [`Stage2Section::questions`].
         questions: f64,
+        /// See [`Stage2Section::prefix_lm`].
+        prefix_lm: bool,
     },
 }
 
@@ -468,6 +491,7 @@ impl RecipeFile {
                 question_prompt: s.question_prompt.clone(),
                 texts_per_picture: s.texts_per_picture,
                 questions: s.questions,
+                prefix_lm: s.prefix_lm,
             };
             self.run(stage, &s.train, &s.optimizer)
         });
@@ -713,6 +737,13 @@ fn ordered(field: &str, [low, high]: [f64; 2], max: f64) -> Result<()> {
     require(ok, field, format!("[{low}, {high}]"), &wanted)
 }
 
+/// How the matrices of a frozen part are held.
+pub(crate) fn weight_format(field: &str, value: &str) -> Result<WeightFormat> {
+    let format = value.parse();
+    require(format.is_ok(), field, value, "f32, f16, q8_0 or q4_k")?;
+    Ok(format.unwrap_or(WeightFormat::F32))
+}
+
 impl AugmentSection {
     fn check(&self) -> Result<()> {
         ordered("augment.scale", self.scale, 1.0)?;
@@ -729,9 +760,14 @@ impl ModelSection {
                 ("model.vision.image_size", image_size),
             )
         };
-        match self.vision {
-            VisionSection::Mini { image_size } => divides_image(14, image_size)?,
-            VisionSection::Random {
+        match &self.vision {
+            &VisionSection::Mini { image_size } => divides_image(14, image_size)?,
+            // Whether it is a multiple of the patches is known when the folder is read.
+            VisionSection::Directory { image_size, weights, .. } => {
+                positive("model.vision.image_size", *image_size)?;
+                weight_format("model.vision.weights", weights)?;
+            }
+            &VisionSection::Random {
                 image_size,
                 patch_size,
                 width,
@@ -759,11 +795,14 @@ impl ModelSection {
         share("model.qformer.dropout", self.qformer.dropout.into(), false)?;
         match &self.llm {
             LlmSection::Mini { weights } => require(
-                weights == "stored" || weights.parse::<blip2_ops::WeightFormat>().is_ok(),
+                weights == "stored" || weights.parse::<WeightFormat>().is_ok(),
                 "model.llm.weights",
                 weights,
                 "stored, f32, f16, q8_0 or q4_k",
             ),
+            LlmSection::Directory { weights, .. } => {
+                weight_format("model.llm.weights", weights).map(drop)
+            }
             LlmSection::Random { width, depth, num_heads, num_kv_heads, ffn_width } => {
                 divides(("model.llm.num_heads", *num_heads), ("model.llm.width", *width))?;
                 divides(

@@ -7,6 +7,7 @@ use blip2::nn::mask::Branch;
 use blip2::qformer::Picture;
 use blip2::stage1::Stage1;
 use blip2::stage2::Stage2;
+use blip2::t5::T5;
 use blip2::tokenizer::{Side, TextBatch};
 use blip2_ops::{Communicator, Dropout, all_gather};
 use candle_core::{DType, Device, Tensor};
@@ -212,7 +213,8 @@ fn gather_ids(ids: &[i64], ranks: &Arc<dyn Communicator>) -> Result<Vec<i64>> {
     Ok(ranks.all_gather(&local)?.to_dtype(DType::I64)?.to_vec1::<i64>()?)
 }
 
-/// One text of stage 2, start and end tokens included.
+/// One text of stage 2, start and end tokens included. Where the language model has an encoder, that reads the given ids, an
+/// end token behind them, and the decoder predicts the others.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LlmText {
     /// Token ids.
@@ -222,10 +224,9 @@ pub struct LlmText {
     pub prompt_len: usize,
 }
 
-/// Stage 2 (paper §3.3) for language models that only decode: queries, text, padding; the loss on the text alone.
+/// Stage 2 (paper §3.3): the language model reads queries and given text; the loss is on the other text alone.
 ///
-/// `patches` (b, p, encoder width), any number of texts each. The texts of a picture share its queries, which the
-/// language model reads once, and don't see each other: the loss is that of one row per text, at a fraction of its cost.
+/// `patches` (b, p, encoder width), any number of texts each, that don't see each other.
 ///
 /// # Errors
 /// If shapes don't fit, or no text has a token to predict.
@@ -237,17 +238,54 @@ pub fn stage2(
     dropout: &Dropout,
 ) -> Result<Tensor> {
     let soft = bridge.soft_words(patches, dropout)?;
+    match llm {
+        Llm::T5(t5) => encoder_decoder(t5, llm, &soft, texts),
+        Llm::Llama(_) | Llm::Opt(_) => decoder(llm, &soft, texts),
+    }
+}
+
+/// Queries, text, padding in one row. The texts of a picture share its queries, which the language model reads once: the
+/// loss is that of one row per text, at a fraction of its cost.
+fn decoder(llm: &Llm, soft: &Tensor, texts: &[Vec<LlmText>]) -> Result<Tensor> {
     let queries = soft.dim(1)?;
     let rows: Vec<Vec<u32>> =
         texts.iter().map(|row| row.iter().flat_map(|text| &text.ids).copied().collect()).collect();
     let batch = TextBatch::new(&rows, llm.eos(), Side::Right, 0)?;
-    let embeds = Tensor::cat(&[&soft, &llm.embed(&batch.ids)?], 1)?;
+    let embeds = Tensor::cat(&[soft, &llm.embed(&batch.ids)?], 1)?;
     let width = embeds.dim(1)?;
     let branches: Vec<_> = texts.iter().map(|row| branches(row, queries, width)).collect();
     let hidden = llm.hidden_branches(&embeds, &branches)?;
     let targets = stage2_targets(texts, queries, width);
     let logits = llm.logits(&targets.select(&hidden)?)?;
     losses::lm(&logits, &targets, 0.0)
+}
+
+/// The encoder reads queries and given text, a row per text; the decoder predicts the rest from its start token on.
+fn encoder_decoder(t5: &T5, llm: &Llm, soft: &Tensor, texts: &[Vec<LlmText>]) -> Result<Tensor> {
+    let pad = t5.config().pad_token_id;
+    let texts: Vec<(u32, &LlmText)> =
+        (0..).zip(texts).flat_map(|(i, row)| row.iter().map(move |text| (i, text))).collect();
+    let pictures: Vec<u32> = texts.iter().map(|(picture, _)| *picture).collect();
+    let (given, wanted): (Vec<_>, Vec<_>) =
+        texts.iter().map(|(_, text)| text.ids.split_at(text.prompt_len)).unzip();
+    let batch = |rows: &[Vec<u32>]| TextBatch::new(rows, pad, Side::Right, 0);
+
+    let given = batch(&given.iter().map(|ids| ids.to_vec()).collect::<Vec<_>>())?;
+    let embeds = Tensor::cat(&[&select(soft, &pictures)?, &llm.embed(&given.ids)?], 1)?;
+    let queries = vec![true; soft.dim(1)?];
+    let visible: Vec<_> = given.mask.iter().map(|row| [&queries[..], row].concat()).collect();
+    let mut memory = t5.encode(&embeds, &visible)?;
+
+    let start = t5.config().decoder_start_token_id;
+    let shifted = |ids: &&[u32]| [&[start], &ids[..ids.len().saturating_sub(1)]].concat();
+    let inputs = batch(&wanted.iter().map(shifted).collect::<Vec<_>>())?;
+    let hidden = t5.read(&inputs.ids, &mut memory)?;
+    let width = hidden.dim(1)?;
+    let mut targets = Targets::default();
+    for (row, ids) in wanted.iter().enumerate() {
+        ids.iter().enumerate().for_each(|(t, id)| targets.push(row * width + t, *id));
+    }
+    losses::lm(&t5.logits(&targets.select(&hidden)?)?, &targets, 0.0)
 }
 
 /// What each of a row's `width` positions belongs to: the queries, one of the texts, or padding.

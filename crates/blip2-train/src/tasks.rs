@@ -21,7 +21,7 @@ use blip2::params::ParamStore;
 use blip2::stage1::{Stage1, Stage1Config};
 use blip2::stage2::{Stage2, Stage2Config};
 use blip2::tokenizer::{Padding, Side, Tokenizer, Width};
-use blip2_ops::{Communicator, SingleProcess, WeightFormat};
+use blip2_ops::{Communicator, SingleProcess};
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 use serde_json::json;
@@ -32,7 +32,7 @@ use crate::data::{Dataset, Meta, text::pre_caption};
 use crate::features::{Build, FeatureCache, FeatureShape};
 use crate::monitor::{CURVES, draw_curves};
 use crate::order::{BatchPlan, purpose};
-use crate::parts::{Base, llm_format, read_start};
+use crate::parts::{Base, llm_format, read_start, vision_format};
 use crate::recipe::{
     CaptionChoice, ProjInit, Recipe, RecipeFile, Stage, Stage1Init, Stage2Init, VisionSection,
 };
@@ -415,6 +415,9 @@ pub struct Stage2Source<'a> {
     question_prompt: String,
     texts_per_picture: usize,
     questions: f64,
+    prefix_lm: bool,
+    /// Whether the language model has an encoder.
+    encoder: bool,
 }
 
 /// A loaded batch of stage 2.
@@ -445,6 +448,7 @@ impl<'a> Stage2Task<'a> {
             question_prompt,
             texts_per_picture,
             questions,
+            prefix_lm,
             ..
         } = &recipe.stage
         else {
@@ -473,6 +477,8 @@ impl<'a> Stage2Task<'a> {
             question_prompt: question_prompt.clone(),
             texts_per_picture: *texts_per_picture,
             questions: *questions,
+            prefix_lm: *prefix_lm,
+            encoder: llm.has_encoder(),
         };
         source.check()?;
         Ok(Self { source, vision, llm, params, model })
@@ -510,13 +516,39 @@ impl Source for Stage2Source<'_> {
 impl Stage2Source<'_> {
     /// Whether every question leaves room for its answer: better known now than after hours.
     fn check(&self) -> Result<()> {
+        if self.prefix_lm && !self.encoder {
+            return Err(Error::Recipe(
+                "stage2.prefix_lm is true, but the language model has no encoder to read a prefix"
+                    .into(),
+            ));
+        }
         if self.questions == 0.0 {
             return Ok(());
         }
-        self.pictures.metas.par_iter().flat_map_iter(|meta| &meta.qa).try_for_each(|pair| {
-            let prompt = self.question_prompt.replacen("{}", pair.question.trim(), 1);
-            llm_text(&self.tokenizer, &prompt, &pair.answer, self.max_text_len).map(drop)
-        })
+        let pairs = self.pictures.metas.par_iter().flat_map_iter(|meta| &meta.qa);
+        pairs.try_for_each(|pair| self.answer(&pair.question, &pair.answer).map(drop))
+    }
+
+    fn answer(&self, question: &str, answer: &str) -> Result<LlmText> {
+        let prompt = self.question_prompt.replacen("{}", question.trim(), 1);
+        match self.encoder {
+            true => encoder_text(&self.tokenizer, &prompt, answer, self.max_text_len),
+            false => llm_text(&self.tokenizer, &prompt, answer, self.max_text_len),
+        }
+    }
+
+    fn caption(&self, caption: &str, rng: &mut Rng) -> Result<LlmText> {
+        let max_len = self.max_text_len;
+        if !self.encoder {
+            return llm_text(&self.tokenizer, &self.prompt, caption, max_len);
+        }
+        let words: Vec<&str> = caption.split_whitespace().collect();
+        if !self.prefix_lm || words.len() < 2 {
+            return encoder_text(&self.tokenizer, &self.prompt, caption, max_len);
+        }
+        let (prefix, rest) = words.split_at(1 + rng.below(words.len() / 2));
+        let given = [&[self.prompt.as_str()], prefix].concat().join(" ");
+        encoder_text(&self.tokenizer, given.trim_start(), &rest.join(" "), max_len)
     }
 
     /// Captions behind the prompt and answers behind their questions, as many as the recipe wants and all different, but at
@@ -531,12 +563,10 @@ impl Stage2Source<'_> {
             let ask = rng.uniform() < self.questions;
             texts.push(if (ask && !pairs.is_empty()) || captions.is_empty() {
                 let pair = pairs.swap_remove(rng.below(pairs.len()));
-                let prompt = self.question_prompt.replacen("{}", pair.question.trim(), 1);
-                llm_text(&self.tokenizer, &prompt, &pair.answer, self.max_text_len)?
+                self.answer(&pair.question, &pair.answer)?
             } else {
                 let caption = captions.swap_remove(rng.below(captions.len()));
-                let caption = pre_caption(caption, MAX_WORDS);
-                llm_text(&self.tokenizer, &self.prompt, &caption, self.max_text_len)?
+                self.caption(&pre_caption(caption, MAX_WORDS), rng)?
             });
         }
         Ok(texts)
@@ -566,6 +596,29 @@ pub fn llm_text(
     ids.extend(tokenizer.encode(&text, false)?);
     ids.push(tokenizer.special().eos);
     ids.truncate(max_len);
+    Ok(LlmText { ids, prompt_len })
+}
+
+/// The ids that stage 2 trains an encoder–decoder on: what the encoder is given, then what the decoder writes. Each ends with
+/// the end token, and is cut in front of it if it is longer than `max_len`.
+///
+/// # Errors
+/// If a text is too long for the tokenizer.
+pub fn encoder_text(
+    tokenizer: &Tokenizer,
+    given: &str,
+    wanted: &str,
+    max_len: usize,
+) -> Result<LlmText> {
+    let ended = |text: &str| -> Result<Vec<u32>> {
+        let mut ids = tokenizer.encode(text, false)?;
+        ids.truncate(max_len.saturating_sub(1));
+        ids.push(tokenizer.special().eos);
+        Ok(ids)
+    };
+    let mut ids = ended(given)?;
+    let prompt_len = ids.len();
+    ids.extend(ended(wanted)?);
     Ok(LlmText { ids, prompt_len })
 }
 
@@ -696,12 +749,15 @@ fn train_stage(
         monitor.note(&note);
     }
     let side = match recipe.model.vision {
-        VisionSection::Random { image_size, .. } | VisionSection::Mini { image_size } => image_size,
+        VisionSection::Random { image_size, .. }
+        | VisionSection::Directory { image_size, .. }
+        | VisionSection::Mini { image_size } => image_size,
     };
     let mut note = |text: &str| monitor.note(text);
     let mut pictures = Pictures::open(recipe, &recipe.data.train, side, &mut note)?;
     let base = Base::prepare(recipe, model_dir, pictures.texts(), &mut *session.download)?;
-    let vision = base.model()?.vision(WeightFormat::F32, &mut *session.download)?;
+    let format = vision_format(&recipe.model.vision)?;
+    let vision = base.model()?.vision(format, &mut *session.download)?;
     if !pictures.encode(recipe, &base, &vision, &mut *session.encoding, session.stop)? {
         return Ok(None);
     }

@@ -4,6 +4,8 @@
 
 mod common;
 
+use std::path::Path;
+
 use blip2::checkpoint::from_lavis;
 use blip2::llama::{Llama, LlamaConfig};
 use blip2::llm::Llm;
@@ -12,6 +14,7 @@ use blip2::stage2::{Stage2, Stage2Config};
 use blip2_ops::{Dropout, WeightFormat};
 use blip2_train::init::in_stage2;
 use blip2_train::steps::{LlmText, stage2};
+use candle_core::backprop::GradStore;
 use candle_core::{DType, IndexOp as _, Tensor};
 use common::{Tensors, assert_close, config, golden, numbers, weights};
 
@@ -31,6 +34,10 @@ fn llm() -> Llm {
 }
 
 fn bridge(golden: &Tensors) -> (ParamStore, Stage2) {
+    bridge_of(golden, 40)
+}
+
+fn bridge_of(golden: &Tensors, llm_width: usize) -> (ParamStore, Stage2) {
     let mut tensors = weights();
     tensors.retain(|name, _| in_stage2(name));
     for name in ["llm_proj.weight", "llm_proj.bias"] {
@@ -39,7 +46,7 @@ fn bridge(golden: &Tensors) -> (ParamStore, Stage2) {
     let store = ParamStore::new(tensors).unwrap();
     let config = Stage2Config {
         qformer: config().qformer,
-        llm_width: 40,
+        llm_width,
         ln_vision_eps: config().ln_vision_eps,
     };
     let model = store.build(|p| Stage2::new(p, &config)).unwrap();
@@ -69,26 +76,29 @@ fn loss_and_every_gradient_equal_lavis() {
         let loss = stage2(&model, &llm, &golden["image"], &texts, &Dropout::off()).unwrap();
         assert_close(&format!("{case} loss"), &loss, &golden[&format!("{case}.loss")], 1e-4);
 
-        let grads = loss.backward().unwrap();
         let prefix = format!("{case}.grad.");
-        let theirs =
-            golden.iter().filter_map(|(name, grad)| Some((name.strip_prefix(&prefix)?, grad)));
-        let (ours, theirs): (Tensors, Tensors) = theirs
-            .map(|(name, grad)| (name.to_owned(), grad.clone()))
-            .partition(|(name, _)| name.starts_with("llm_proj."));
-        let mut expected = from_lavis(theirs).unwrap();
-        expected.extend(ours);
-        assert_eq!(expected.len(), store.vars().count());
-        for (name, var) in store.vars() {
-            let grad: &Tensor = grads.get(var).unwrap_or_else(|| panic!("{name} got no gradient"));
-            if name.ends_with("attn.k.bias") {
-                // Analytically zero: it shifts every score of a row alike.
-                assert!(numbers(grad).iter().all(|g| g.abs() < 1e-5), "{name} is not zero");
-                continue;
-            }
-            assert!(numbers(grad).iter().any(|g| *g != 0.0), "{name} got a zero gradient");
-            assert_close(&format!("{case}: gradient of {name}"), grad, &expected[name], 1e-3);
+        assert_gradients(&golden, &prefix, &store, &loss.backward().unwrap());
+    }
+}
+
+/// Every trained parameter has the gradient that `golden` holds under `prefix` and LAVIS's name.
+fn assert_gradients(golden: &Tensors, prefix: &str, store: &ParamStore, grads: &GradStore) {
+    let theirs = golden.iter().filter_map(|(name, grad)| Some((name.strip_prefix(prefix)?, grad)));
+    let (ours, theirs): (Tensors, Tensors) = theirs
+        .map(|(name, grad)| (name.to_owned(), grad.clone()))
+        .partition(|(name, _)| name.starts_with("llm_proj."));
+    let mut expected = from_lavis(theirs).unwrap();
+    expected.extend(ours);
+    assert_eq!(expected.len(), store.vars().count());
+    for (name, var) in store.vars() {
+        let grad: &Tensor = grads.get(var).unwrap_or_else(|| panic!("{name} got no gradient"));
+        if name.ends_with("attn.k.bias") {
+            // Analytically zero: it shifts every score of a row alike.
+            assert!(numbers(grad).iter().all(|g| g.abs() < 1e-5), "{name} is not zero");
+            continue;
         }
+        assert!(numbers(grad).iter().any(|g| *g != 0.0), "{name} got a zero gradient");
+        assert_close(&format!("{prefix}{name}"), grad, &expected[name], 1e-3);
     }
 }
 
@@ -118,4 +128,30 @@ fn texts_that_share_a_picture_are_as_if_each_stood_alone() {
     for (name, var) in store.vars().filter(|(name, _)| !name.ends_with("attn.k.bias")) {
         assert_close(name, grads.get(var).unwrap(), grads_alone.get(var).unwrap(), 1e-4);
     }
+}
+
+/// LAVIS's Blip2T5 (golden/stage2_t5.py): texts given to the encoder and texts that the decoder writes, of many lengths.
+#[test]
+fn loss_and_every_gradient_through_an_encoder_decoder_equal_lavis() {
+    let golden = golden("stage2_t5.safetensors");
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden/lavis/t5");
+    let (llm, _) = Llm::open(&folder, None).unwrap();
+    let (store, model) = bridge_of(&golden, llm.width());
+    let ids = |name: &str| {
+        golden[name].to_dtype(DType::U32).unwrap().to_vec2::<u32>().unwrap().into_iter().map(
+            |row| {
+                let end = row.iter().position(|id| *id == 1).unwrap();
+                row[..=end].to_vec()
+            },
+        )
+    };
+    let texts: Vec<_> = ids("given.ids")
+        .zip(ids("wanted.ids"))
+        .map(|(given, wanted)| {
+            vec![LlmText { prompt_len: given.len(), ids: [given, wanted].concat() }]
+        })
+        .collect();
+    let loss = stage2(&model, &llm, &golden["image"], &texts, &Dropout::off()).unwrap();
+    assert_close("loss", &loss, &golden["loss"], 1e-4);
+    assert_gradients(&golden, "grad.", &store, &loss.backward().unwrap());
 }

@@ -155,7 +155,8 @@ impl Parts {
             (Some(tensors), _) => lavis::vision(tensors, frozen.heads, path)?,
             (None, Some(file)) => lavis::vision(shards::open_file(file)?, frozen.heads, file)?,
             (None, None) => {
-                let reason = "holds no image encoder: give its file (eva_vit_g.pth or clip_vit_L.pth)";
+                let reason =
+                    "holds no image encoder: give its file (eva_vit_g.pth or clip_vit_L.pth)";
                 return Err(Error::file(path, reason));
             }
         };
@@ -178,10 +179,14 @@ impl Parts {
             }
             Stage::Two(config) => {
                 let folder = frozen.llm.as_ref().ok_or_else(|| {
-                    Error::file(path, "holds no language model: give its folder (OPT's or FlanT5's)")
+                    Error::file(
+                        path,
+                        "holds no language model: give its folder (OPT's or FlanT5's)",
+                    )
                 })?;
                 let llm = Language::of_lavis(folder)?;
-                let question = if llm.is_t5() { "Question: {} Short answer:" } else { "Question: {} Answer:" };
+                let question =
+                    if llm.is_t5() { "Question: {} Short answer:" } else { "Question: {} Answer:" };
                 parts.llm = Some(llm);
                 parts.stage2 = Some(Two {
                     config,
@@ -256,8 +261,12 @@ impl Parts {
             Half::Generates => self.add_hf_language(&mut config, &mut tensors, folder)?,
         }
         write_json(&folder.join("config.json"), &config)?;
-        write_json(&folder.join("preprocessor_config.json"), &preprocessor(vision.image_size, normalize))?;
-        let processor = json!({"processor_class": "Blip2Processor", "num_query_tokens": qformer.num_queries});
+        write_json(
+            &folder.join("preprocessor_config.json"),
+            &preprocessor(vision.image_size, normalize),
+        )?;
+        let processor =
+            json!({"processor_class": "Blip2Processor", "num_query_tokens": qformer.num_queries});
         write_json(&folder.join("processor_config.json"), &processor)?;
         weights_out::write(&tensors, dtype, SHARD, folder)
     }
@@ -395,7 +404,8 @@ impl Parts {
             let sources = tensors.iter().map(|(n, t)| (n.clone(), t.clone().into())).collect();
             let part = tempfile::tempdir_in(folder).map_err(Error::io(folder))?;
             bytes += weights_out::write(&sources, dtype, usize::MAX, part.path())?;
-            let (from, file) = (part.path().join("model.safetensors"), format!("{name}.safetensors"));
+            let (from, file) =
+                (part.path().join("model.safetensors"), format!("{name}.safetensors"));
             std::fs::rename(&from, folder.join(&file)).map_err(Error::io(&from))?;
             Ok(file)
         };
@@ -501,7 +511,8 @@ impl Language {
             match llm.tokenizer.encode("\n", false)?[..] {
                 [newline] => llm.end_ids = vec![newline],
                 ref ids => {
-                    let reason = format!("its tokenizer makes {} tokens of a newline, not one", ids.len());
+                    let reason =
+                        format!("its tokenizer makes {} tokens of a newline, not one", ids.len());
                     return Err(Error::file(folder, reason));
                 }
             }
@@ -514,9 +525,14 @@ impl Language {
     }
 
     fn words(&self) -> Option<&Stored> {
-        ["shared.weight", "model.embed_tokens.weight", "model.decoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
-            .iter()
-            .find_map(|name| self.tensors.get(*name))
+        [
+            "shared.weight",
+            "model.embed_tokens.weight",
+            "model.decoder.embed_tokens.weight",
+            "decoder.embed_tokens.weight",
+        ]
+        .iter()
+        .find_map(|name| self.tensors.get(*name))
     }
 
     /// The tensors as transformers' model with a head names them, none of them twice.
@@ -529,10 +545,17 @@ impl Language {
         let twice = |name: &str| {
             (tied && !self.is_t5() && name == "lm_head.weight")
                 || (self.is_t5()
-                    && matches!(name, "encoder.embed_tokens.weight" | "decoder.embed_tokens.weight"))
+                    && matches!(
+                        name,
+                        "encoder.embed_tokens.weight" | "decoder.embed_tokens.weight"
+                    ))
         };
         let full = |name: &String| {
-            if is_opt && name.starts_with("decoder.") { format!("model.{name}") } else { name.clone() }
+            if is_opt && name.starts_with("decoder.") {
+                format!("model.{name}")
+            } else {
+                name.clone()
+            }
         };
         let kept = self.tensors.iter().filter(|(name, _)| !twice(name));
         kept.map(|(name, tensor)| (full(name), tensor.clone())).collect()
@@ -550,7 +573,8 @@ impl Language {
             return Ok(ImageToken { id: ids as u32, text: None });
         }
         let special = self.tokenizer.special();
-        let used = |id: u32| [special.bos, Some(special.eos), Some(special.pad)].contains(&Some(id));
+        let used =
+            |id: u32| [special.bos, Some(special.eos), Some(special.pad)].contains(&Some(id));
         let spare = self.tokenizer.special_tokens().into_iter().rfind(|(id, _)| !used(*id));
         let (id, text) = spare.ok_or_else(|| {
             Error::Config(format!(

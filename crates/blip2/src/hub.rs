@@ -77,7 +77,10 @@ impl FromStr for HubId {
                 && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
         };
         let names: Vec<&str> = repo.split('/').collect();
-        if names.len() != 2 || !names.iter().all(|name| plain(name)) || !revision.split('/').all(plain) {
+        if names.len() != 2
+            || !names.iter().all(|name| plain(name))
+            || !revision.split('/').all(plain)
+        {
             return Err(Error::Config(format!(
                 "{text:?} is not the name of a model on the hub (ORG/NAME or ORG/NAME@REVISION)"
             )));
@@ -129,7 +132,8 @@ impl Hub {
             (None, Some(path)) => Some(fs::read_to_string(&path).map_err(Error::io(&path))?),
             (None, None) => home.and_then(|home| fs::read_to_string(home.join("token")).ok()),
         };
-        let yes = |value: String| ["1", "true", "yes", "on"].contains(&value.to_lowercase().as_str());
+        let yes =
+            |value: String| ["1", "true", "yes", "on"].contains(&value.to_lowercase().as_str());
         let endpoint = var("HF_ENDPOINT").unwrap_or_else(|| ENDPOINT.into());
         let offline = var("HF_HUB_OFFLINE").is_some_and(yes);
         Ok(Self::new(&endpoint, cache, token.map(|t| t.trim().to_owned()), offline))
@@ -148,7 +152,14 @@ impl Hub {
             .user_agent(concat!("blip2/", env!("CARGO_PKG_VERSION")))
             .build();
         let endpoint = endpoint.trim_end_matches('/').to_owned();
-        Self { endpoint, cache, token, offline, agent: config.into(), pause: Duration::from_secs(1) }
+        Self {
+            endpoint,
+            cache,
+            token,
+            offline,
+            agent: config.into(),
+            pause: Duration::from_secs(1),
+        }
     }
 
     /// Changes how long a failed attempt waits before the next one.
@@ -164,7 +175,9 @@ impl Hub {
     pub fn folder(&self, id: &HubId, progress: Progress<'_>) -> Result<PathBuf> {
         match self.cached(id) {
             Ok(folder) => Ok(folder),
-            Err(missing) if self.offline => Err(failed(id, format!("{missing}; HF_HUB_OFFLINE is set"))),
+            Err(missing) if self.offline => {
+                Err(failed(id, format!("{missing}; HF_HUB_OFFLINE is set")))
+            }
             Err(_) => self.fetch(id, progress),
         }
     }
@@ -190,8 +203,9 @@ impl Hub {
             let rest = there.iter().filter(|name| is_safe(name));
             rest.copied().try_for_each(|name| get(name).map(drop))?;
         } else {
-            let weights = weights(|name| there.contains(name))
-                .ok_or_else(|| failed(id, "it has no model.safetensors and no pytorch_model.bin"))?;
+            let weights = weights(|name| there.contains(name)).ok_or_else(|| {
+                failed(id, "it has no model.safetensors and no pytorch_model.bin")
+            })?;
             let path = get(&weights)?;
             for shard in shards(&path)? {
                 get(&shard)?;
@@ -208,13 +222,15 @@ impl Hub {
     fn cached(&self, id: &HubId) -> std::result::Result<PathBuf, String> {
         let repo = self.repo(id);
         let reference = repo.join("refs").join(&id.revision);
-        let commit = fs::read_to_string(&reference).map_or(id.revision.clone(), |s| s.trim().to_owned());
+        let commit =
+            fs::read_to_string(&reference).map_or(id.revision.clone(), |s| s.trim().to_owned());
         let folder = repo.join("snapshots").join(commit);
         if !folder.is_dir() {
             return Err(format!("{} is not in the cache ({})", id.revision, repo.display()));
         }
         let whole = |name: &str| folder.join(name).is_file();
-        let missing = |name: &str| Err(format!("{} is not in the cache", folder.join(name).display()));
+        let missing =
+            |name: &str| Err(format!("{} is not in the cache", folder.join(name).display()));
         if whole("model.json") {
             return Ok(folder);
         }
@@ -237,13 +253,14 @@ impl Hub {
     fn about(&self, id: &HubId) -> Result<About> {
         let revision = id.revision.replace('/', "%2F");
         let url = format!("{}/api/models/{}/revision/{revision}", self.endpoint, id.repo);
-        let about: About = self.patiently(|| {
-            let (mut answer, _) = self.follow("GET", &url, None, |_| false)?;
-            refused(&answer)?;
-            let text = answer.body_mut().with_config().limit(MAX_TEXT).read_to_vec()?;
-            serde_json::from_slice(&text).map_err(|err| Failure::Final(format!("{url}: {err}")))
-        })
-        .map_err(|reason| failed(id, reason))?;
+        let about: About = self
+            .patiently(|| {
+                let (mut answer, _) = self.follow("GET", &url, None, |_| false)?;
+                refused(&answer)?;
+                let text = answer.body_mut().with_config().limit(MAX_TEXT).read_to_vec()?;
+                serde_json::from_slice(&text).map_err(|err| Failure::Final(format!("{url}: {err}")))
+            })
+            .map_err(|reason| failed(id, reason))?;
         let commit = !about.sha.is_empty() && about.sha.chars().all(|c| c.is_ascii_hexdigit());
         if !commit {
             return Err(failed(id, format!("the hub calls its commit {:?}", about.sha)));
@@ -252,7 +269,14 @@ impl Hub {
     }
 
     /// One file of a snapshot, on disk.
-    fn file(&self, id: &HubId, commit: &str, name: &str, snapshot: &Path, progress: Progress<'_>) -> Result<PathBuf> {
+    fn file(
+        &self,
+        id: &HubId,
+        commit: &str,
+        name: &str,
+        snapshot: &Path,
+        progress: Progress<'_>,
+    ) -> Result<PathBuf> {
         let link = snapshot.join(name);
         if link.is_file() {
             return Ok(link);
@@ -273,8 +297,10 @@ impl Hub {
         lock.lock().map_err(Error::io(&path))?;
         if !path.is_file() {
             let part = repo.join("blobs").join(format!("{}.incomplete", blob.etag));
-            self.patiently(|| self.download(&url, &blob, &part, &mut |done| progress(name, done, blob.size)))
-                .map_err(wrong)?;
+            self.patiently(|| {
+                self.download(&url, &blob, &part, &mut |done| progress(name, done, blob.size))
+            })
+            .map_err(wrong)?;
             fs::rename(&part, &path).map_err(Error::io(&path))?;
         }
         create_parent(&link)?;
@@ -297,7 +323,9 @@ impl Hub {
         };
         let size = text(["x-linked-size", "content-length"]).and_then(|size| size.parse().ok());
         let etag = text(["x-linked-etag", "etag"]);
-        let etag = etag.filter(|tag| !tag.is_empty() && tag.chars().all(|c| c.is_ascii_alphanumeric() || c == '-'));
+        let etag = etag.filter(|tag| {
+            !tag.is_empty() && tag.chars().all(|c| c.is_ascii_alphanumeric() || c == '-')
+        });
         match (etag, size) {
             (Some(etag), Some(size)) => Ok(Blob { etag, size }),
             _ => Err(Failure::Final("the hub names no size or no content hash".into())),
@@ -305,7 +333,13 @@ impl Hub {
     }
 
     /// Fetches what `part` still lacks, and checks it.
-    fn download(&self, url: &str, blob: &Blob, part: &Path, progress: &mut dyn FnMut(u64)) -> Tried<()> {
+    fn download(
+        &self,
+        url: &str,
+        blob: &Blob,
+        part: &Path,
+        progress: &mut dyn FnMut(u64),
+    ) -> Tried<()> {
         let mut file = OpenOptions::new().append(true).create(true).open(part)?;
         let mut have = file.metadata()?.len();
         if have > blob.size {
@@ -391,7 +425,10 @@ impl Hub {
     }
 
     /// Tries again what may pass.
-    fn patiently<T>(&self, mut attempt: impl FnMut() -> Tried<T>) -> std::result::Result<T, String> {
+    fn patiently<T>(
+        &self,
+        mut attempt: impl FnMut() -> Tried<T>,
+    ) -> std::result::Result<T, String> {
         let mut pause = self.pause;
         let mut left = ATTEMPTS;
         loop {
@@ -445,9 +482,9 @@ impl From<ureq::Error> for Failure {
 impl From<io::Error> for Failure {
     fn from(err: io::Error) -> Self {
         match err.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::PermissionDenied | io::ErrorKind::NotFound => {
-                Self::Final(err.to_string())
-            }
+            io::ErrorKind::StorageFull
+            | io::ErrorKind::PermissionDenied
+            | io::ErrorKind::NotFound => Self::Final(err.to_string()),
             _ => Self::Passing(err.to_string()),
         }
     }
@@ -461,7 +498,9 @@ fn refused(answer: &Response<Body>) -> Tried<()> {
         401 | 403 => Err(Failure::Final(format!(
             "the hub answers {status}: no such model, or one that wants a token (HF_TOKEN) and consent to its terms"
         ))),
-        404 => Err(Failure::Final(format!("the hub answers {status}: no such model, revision or file"))),
+        404 => Err(Failure::Final(format!(
+            "the hub answers {status}: no such model, revision or file"
+        ))),
         408 | 429 | 500.. => Err(Failure::Passing(format!("the hub answers {status}"))),
         _ => Err(Failure::Final(format!("the hub answers {status}"))),
     }
@@ -480,7 +519,9 @@ fn origin(url: &str) -> &str {
 
 /// Whether a name that came over the network stays inside its folder.
 fn is_safe(name: &str) -> bool {
-    let plain = |part: &str| !part.is_empty() && part != "." && part != ".." && !part.contains(['\\', ':', '\0']);
+    let plain = |part: &str| {
+        !part.is_empty() && part != "." && part != ".." && !part.contains(['\\', ':', '\0'])
+    };
     name.split('/').all(plain)
 }
 
@@ -499,7 +540,8 @@ fn shards(path: &Path) -> Result<BTreeSet<String>> {
         return Ok(BTreeSet::new());
     }
     let text = fs::read(path).map_err(Error::io(path))?;
-    let index: Index = serde_json::from_slice(&text).map_err(|err| Error::file(path, err.to_string()))?;
+    let index: Index =
+        serde_json::from_slice(&text).map_err(|err| Error::file(path, err.to_string()))?;
     Ok(index.weight_map.into_values().collect())
 }
 
@@ -552,7 +594,9 @@ mod tests {
         let pair = |a: &str, b: &str| Some((a.to_owned(), b.to_owned()));
         assert_eq!(id("Salesforce/blip2-opt-2.7b"), pair("Salesforce/blip2-opt-2.7b", "main"));
         assert_eq!(id("a/b@refs/pr/3"), pair("a/b", "refs/pr/3"));
-        for wrong in ["", "a", "a/b/c", "../b", "a/..", "a/b@", "a/b@../c", "/b", "a b/c", "a/b@x y", "a/b?c"] {
+        for wrong in [
+            "", "a", "a/b/c", "../b", "a/..", "a/b@", "a/b@../c", "/b", "a b/c", "a/b@x y", "a/b?c",
+        ] {
             assert_eq!(id(wrong), None, "{wrong}");
         }
         assert_eq!("a/b@v1".parse::<HubId>().unwrap().to_string(), "a/b@v1");

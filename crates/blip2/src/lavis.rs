@@ -163,9 +163,14 @@ fn eva(tensors: Tensors, heads: HeadCounts) -> Result<(VitConfig, Tensors)> {
                 let zeros = Tensor::zeros(width, DType::F32, &Device::Cpu)?;
                 ours.insert(format!("blocks.{i}.attn.k.bias"), zeros.into());
             }
-            (Some(i), "attn.v_bias") => drop(ours.insert(format!("blocks.{i}.attn.v.bias"), tensor)),
+            (Some(i), "attn.v_bias") => {
+                drop(ours.insert(format!("blocks.{i}.attn.v.bias"), tensor))
+            }
             (Some(i), rest) => {
-                drop(ours.insert(format!("blocks.{i}.{}", rest.replace("attn.proj", "attn.out")), tensor));
+                drop(ours.insert(
+                    format!("blocks.{i}.{}", rest.replace("attn.proj", "attn.out")),
+                    tensor,
+                ));
             }
             (None, "cls_token" | "pos_embed") => drop(ours.insert(name, tensor)),
             (None, "patch_embed.proj.weight") => {
@@ -173,7 +178,10 @@ fn eva(tensors: Tensors, heads: HeadCounts) -> Result<(VitConfig, Tensors)> {
             }
             (None, "patch_embed.proj.bias") => drop(ours.insert("patch_embed.bias".into(), tensor)),
             // The classifier's, which BLIP-2 has no place for.
-            (None, rest) if ["norm.", "fc_norm.", "head.", "mask_token"].iter().any(|p| rest.starts_with(p)) => {}
+            (None, rest)
+                if ["norm.", "fc_norm.", "head.", "mask_token"]
+                    .iter()
+                    .any(|p| rest.starts_with(p)) => {}
             (None, _) => return Err(Error::Weights(format!("unexpected tensor {name}"))),
         }
     }
@@ -276,7 +284,9 @@ fn grid(tensors: &Tensors, name: &str) -> Result<usize> {
     let tokens = dims.len().checked_sub(2).map_or(0, |i| dims[i]);
     let side = tokens.saturating_sub(1).isqrt();
     if side == 0 || side * side + 1 != tokens {
-        return Err(Error::Weights(format!("{name} has shape {dims:?}: no class token and square")));
+        return Err(Error::Weights(format!(
+            "{name} has shape {dims:?}: no class token and square"
+        )));
     }
     Ok(side)
 }

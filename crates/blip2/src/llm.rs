@@ -223,7 +223,9 @@ impl Llm {
         match self {
             Self::Llama(llama) => llama.forward(x, layout, cache),
             Self::Opt(opt) => opt.forward(x, layout, cache),
-            Self::T5(_) => Err(encoder_decoder()),
+            Self::T5(_) => Err(Error::Config(
+                "T5 reads with an encoder and writes with a decoder, not both in one row".into(),
+            )),
         }
     }
 
@@ -235,16 +237,9 @@ impl Llm {
         match self {
             Self::Llama(llama) => llama.logits(hidden),
             Self::Opt(opt) => opt.logits(hidden),
-            Self::T5(_) => Err(encoder_decoder()),
+            Self::T5(t5) => t5.logits(hidden),
         }
     }
-}
-
-fn encoder_decoder() -> Error {
-    Error::Config(
-        "T5 reads with an encoder and writes with a decoder: it can caption and answer, but is not trained through yet"
-            .into(),
-    )
 }
 
 /// A language model in Hugging Face layout.

@@ -20,6 +20,7 @@ use crate::image::{self, Normalize, Rgb};
 use crate::llm::{Llm, LlmDecoder};
 use crate::nn;
 use crate::params::{self, Params};
+use crate::shards;
 use crate::stage1::{self, Stage1, Stage1Config};
 use crate::stage2::{Stage2, Stage2Config};
 use crate::stored::Stored;
@@ -102,6 +103,8 @@ pub enum PartFile {
     Mini,
     /// A file in the model's folder.
     File(String),
+    /// A file or folder outside the model's folder, by its absolute path: what a recipe named, too large to copy for every run.
+    Path(PathBuf),
     /// In the Hugging Face checkpoint that the description was made from.
     Checkpoint,
 }
@@ -125,13 +128,7 @@ impl Files {
     pub fn read(&self, name: &str) -> Result<Cow<'static, [u8]>> {
         match self {
             Self::Folder(_) | Self::HuggingFace(_) => {
-                let path = self.describe(name);
-                // Names come out of files that somebody else may have written.
-                let inside =
-                    Path::new(name).components().all(|c| matches!(c, Component::Normal(_)));
-                if !inside || name.is_empty() {
-                    return Err(Error::file(&path, "is not a name inside the model's folder"));
-                }
+                let path = self.path(name)?;
                 Ok(std::fs::read(&path).map_err(Error::io(&path))?.into())
             }
             Self::Builtin(files) => files
@@ -140,6 +137,16 @@ impl Files {
                 .map(|(_, bytes)| Cow::Borrowed(*bytes))
                 .ok_or_else(|| Error::file(name, "not among the files built into this program")),
         }
+    }
+
+    /// Where the file called `name` is. Names come out of files that somebody else may have written.
+    fn path(&self, name: &str) -> Result<PathBuf> {
+        let path = self.describe(name);
+        let inside = Path::new(name).components().all(|c| matches!(c, Component::Normal(_)));
+        if !inside || name.is_empty() {
+            return Err(Error::file(&path, "is not a name inside the model's folder"));
+        }
+        Ok(path)
     }
 
     /// How errors name the file called `name`.
@@ -248,6 +255,7 @@ impl Model {
         let origin = match &part.weights {
             PartFile::Mini => assets::mini_vit(Check::Quick, progress)?,
             PartFile::File(name) => self.files.describe(name),
+            PartFile::Path(path) => path.clone(),
             PartFile::Checkpoint => self.files.describe(""),
         };
         let mut tensors = self.vision_tensors(progress)?;
@@ -335,6 +343,7 @@ impl Model {
                 return checkpoint.vision_tensors();
             }
             (PartFile::File(name), _) => return self.weights(name),
+            (PartFile::Path(path), _) => return shards::open_file(path),
             (PartFile::Mini, _) => assets::mini_vit(Check::Quick, progress)?,
             (PartFile::Checkpoint, _) => return Err(self.lacks("checkpoint to read from")),
         };
@@ -350,6 +359,7 @@ impl Model {
         Ok(match &part.weights {
             PartFile::Mini => assets::mini_llm(Check::Quick, progress)?,
             PartFile::File(name) => self.files.describe(name),
+            PartFile::Path(path) => path.clone(),
             PartFile::Checkpoint => self.files.describe(""),
         })
     }
@@ -375,6 +385,9 @@ impl Model {
     pub fn weights(&self, name: &str) -> Result<BTreeMap<String, Stored>> {
         match &self.files {
             Files::HuggingFace(checkpoint) => checkpoint.bridge_tensors(),
+            Files::Folder(_) if name.ends_with(".safetensors") => {
+                shards::open_file(&self.files.path(name)?)
+            }
             files => params::read_weights(&files.read(name)?, &files.describe(name)).map(in_memory),
         }
     }

@@ -157,13 +157,24 @@ impl Machine<'_> {
                     let top = self.top()?;
                     self.stack.push(top);
                 }
-                op @ (b'N' | 0x88 | 0x89 | b'I' | b'J' | b'K' | b'M' | b'L' | 0x8a | 0x8b | b'F'
-                | b'G') => self.number(op)?,
-                op @ (b'S' | b'T' | b'U' | b'V' | b'X' | 0x8c | 0x8d | b'B' | b'C' | 0x8e | 0x96) => {
+                op @ (b'N' | 0x88 | 0x89 | b'I' | b'J' | b'K' | b'M' | b'L' | 0x8a | 0x8b
+                | b'F' | b'G') => self.number(op)?,
+                op @ (b'S' | b'T' | b'U' | b'V' | b'X' | 0x8c | 0x8d | b'B' | b'C' | 0x8e
+                | 0x96) => {
                     self.text(op)?;
                 }
-                op @ (b')' | b't' | 0x85..=0x87 | b']' | b'l' | b'a' | b'e' | b'}' | b'd' | b's'
-                | b'u' | 0x8f..=0x91) => self.container(op)?,
+                op @ (b')'
+                | b't'
+                | 0x85..=0x87
+                | b']'
+                | b'l'
+                | b'a'
+                | b'e'
+                | b'}'
+                | b'd'
+                | b's'
+                | b'u'
+                | 0x8f..=0x91) => self.container(op)?,
                 op @ (b'c' | 0x93 | b'R' | 0x81 | 0x92 | b'o' | b'i' | b'b') => {
                     self.object(op, allowed)?;
                 }
@@ -463,7 +474,8 @@ mod tests {
     #[test]
     fn containers_filled_after_they_were_kept_are_filled_everywhere() {
         // l = []; d = {"a": l, "b": l}; l.append(-2)
-        let bytes = b"\x80\x02}q\x00(X\x01\x00\x00\x00a]q\x01J\xfe\xff\xff\xffaX\x01\x00\x00\x00bh\x01u.";
+        let bytes =
+            b"\x80\x02}q\x00(X\x01\x00\x00\x00a]q\x01J\xfe\xff\xff\xffaX\x01\x00\x00\x00bh\x01u.";
         let pickle = Pickle::read(bytes, |_| false).unwrap();
         assert_eq!(pickle.len, bytes.len());
         let entries = pickle.entries(pickle.root()).unwrap();
@@ -496,7 +508,8 @@ mod tests {
 
     #[test]
     fn whatever_the_bytes_are_there_is_an_answer() {
-        let whole = b"\x80\x02}q\x00(X\x01\x00\x00\x00a]q\x01J\xfe\xff\xff\xffaX\x01\x00\x00\x00bh\x01u.";
+        let whole =
+            b"\x80\x02}q\x00(X\x01\x00\x00\x00a]q\x01J\xfe\xff\xff\xffaX\x01\x00\x00\x00bh\x01u.";
         let mut state = 1u64;
         for _ in 0..20_000 {
             let mut bytes = whole.to_vec();

@@ -95,8 +95,8 @@ fn open_legacy(file: &Arc<Mapped>) -> Reason<BTreeMap<String, Stored>> {
         at += pickle.len;
         Ok::<_, String>((pickle, at))
     };
-    let (magic, _) =
-        next("it is no zip, and no pickle").map_err(|why| why.chars().take(300).collect::<String>())?;
+    let (magic, _) = next("it is no zip, and no pickle")
+        .map_err(|why| why.chars().take(300).collect::<String>())?;
     if !matches!(magic.get(magic.root()), Node::BigInt(number) if number[..] == MAGIC) {
         return Err("it is neither a zip nor does it begin with PyTorch's number".into());
     }
@@ -112,7 +112,8 @@ fn open_legacy(file: &Arc<Mapped>) -> Reason<BTreeMap<String, Stored>> {
     let mut at = at;
     for key in keys_list {
         let key = keys.str(*key).ok_or("a storage without a name")?;
-        let size = *sizes.get(key).ok_or_else(|| format!("nothing says what storage {key} holds"))?;
+        let size =
+            *sizes.get(key).ok_or_else(|| format!("nothing says what storage {key} holds"))?;
         let count = bytes.get(at..at + 8).ok_or_else(|| format!("storage {key} is cut off"))?;
         let count = u64::from_le_bytes(count.try_into().unwrap_or_default());
         let len = usize::try_from(count).ok().and_then(|count| count.checked_mul(size));
@@ -230,7 +231,8 @@ fn tensor(
     };
     let shape = numbers(*size).ok_or("has no shape")?;
     let stride = numbers(*stride).filter(|s| s.len() == shape.len()).ok_or("has no strides")?;
-    let offset = pickle.int(*offset).and_then(|o| usize::try_from(o).ok()).ok_or("has no offset")?;
+    let offset =
+        pickle.int(*offset).and_then(|o| usize::try_from(o).ok()).ok_or("has no offset")?;
     let available = storage.bytes / bytes_each;
     let count = shape.iter().try_fold(1usize, |count, n| count.checked_mul(*n));
     let last = shape.iter().zip(&stride).try_fold(offset, |last, (n, stride)| {
@@ -247,14 +249,8 @@ fn tensor(
     let start = storage.start + offset * bytes_each;
     let count = count.unwrap_or(0);
     if is_row_major(&shape, &stride) {
-        let extent = |len| Extent {
-            file: file.clone(),
-            name: name.to_owned(),
-            dtype,
-            shape,
-            start,
-            len,
-        };
+        let extent =
+            |len| Extent { file: file.clone(), name: name.to_owned(), dtype, shape, start, len };
         return Ok(extent(count * bytes_each).into());
     }
     let dtype = dtype.map_err(|kind| format!("is {kind} and not row-major"))?;

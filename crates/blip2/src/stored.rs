@@ -134,12 +134,29 @@ impl Mapped {
         let bytes = unsafe { Mmap::map(&file) }.map_err(Error::io(path))?;
         Ok(Arc::new(Self { path: path.to_path_buf(), bytes }))
     }
+
+    /// Gives the memory of bytes that were copied back: whoever loads a large model would else hold it twice. They are read
+    /// from the file again if anybody looks.
+    fn forget(&self, start: usize, len: usize) {
+        #[cfg(unix)]
+        #[expect(
+            unsafe_code,
+            reason = "advice on a mapping is unsafe where it is private and written to"
+        )]
+        // SAFETY: the mapping is of a file and never written to, so every byte can be read again.
+        let _ = unsafe {
+            self.bytes.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, len)
+        };
+        #[cfg(not(unix))]
+        let _ = (start, len);
+    }
 }
 
 impl Extent {
     fn read(&self, rows: Option<(usize, usize)>) -> Result<Tensor> {
-        let bad =
-            |reason: String| Error::file(&self.file.path, format!("tensor {}: {reason}", self.name));
+        let bad = |reason: String| {
+            Error::file(&self.file.path, format!("tensor {}: {reason}", self.name))
+        };
         let dtype = match &self.dtype {
             Ok(dtype) => *dtype,
             Err(other) => {
@@ -148,7 +165,9 @@ impl Extent {
         };
         let bytes = &self.file.bytes[self.start..self.start + self.len];
         let Some((first, count)) = rows else {
-            return Ok(Tensor::from_raw_buffer(bytes, dtype, &self.shape, &Device::Cpu)?);
+            let tensor = Tensor::from_raw_buffer(bytes, dtype, &self.shape, &Device::Cpu)?;
+            self.file.forget(self.start, self.len);
+            return Ok(tensor);
         };
         let all = self.shape.first().copied().unwrap_or(0);
         if first + count > all {
@@ -158,7 +177,9 @@ impl Extent {
         let mut shape = self.shape.clone();
         shape[0] = count;
         let bytes = &bytes[first * row..(first + count) * row];
-        Ok(Tensor::from_raw_buffer(bytes, dtype, &shape, &Device::Cpu)?)
+        let tensor = Tensor::from_raw_buffer(bytes, dtype, &shape, &Device::Cpu)?;
+        self.file.forget(self.start + first * row, bytes.len());
+        Ok(tensor)
     }
 }
 
@@ -212,7 +233,8 @@ mod tests {
         for dtype in [DType::F32, DType::F16, DType::BF16] {
             let tensor = tensor.to_dtype(dtype).unwrap();
             write(&dir.path().join("model.safetensors"), &[("x", tensor.clone())]);
-            let mapped = open_file(&dir.path().join("model.safetensors")).unwrap().remove("x").unwrap();
+            let mapped =
+                open_file(&dir.path().join("model.safetensors")).unwrap().remove("x").unwrap();
             for stored in [mapped, Stored::from(tensor)] {
                 assert_eq!(stored.dims(), [6, 4]);
                 let part = stored.rows(2, 3);

@@ -428,16 +428,39 @@ impl T5 {
         if ids.len() != memory.rows() {
             return Err(Error::Config(format!("{} ids for {} rows", ids.len(), memory.rows())));
         }
-        let mut x = self.words.rows(ids)?.unsqueeze(1)?;
-        let bias = self.decoder_bias.bias(1, memory.own.len() + 1)?;
+        let ids = Tensor::from_slice(ids, (ids.len(), 1), &Device::Cpu)?;
+        self.logits(&self.read(&ids, memory)?.squeeze(1)?)
+    }
+
+    /// Appends ids (rows, t) to the rows of `memory`: hidden states (rows, t, d) behind each of them. The gradient flows to
+    /// what the encoder read.
+    ///
+    /// # Errors
+    /// Not as many rows, or an id outside the vocabulary.
+    pub fn read(&self, ids: &Tensor, memory: &mut Memory) -> Result<Tensor> {
+        let (rows, t) = ids.dims2()?;
+        if rows != memory.rows() {
+            return Err(Error::Config(format!("{rows} rows of ids for {} rows", memory.rows())));
+        }
+        let flat: Vec<u32> = ids.flatten_all()?.to_vec1()?;
+        let mut x = self.words.rows(&flat)?.reshape((rows, t, self.config.d_model))?;
+        let bias = self.decoder_bias.bias(t, memory.own.len() + t)?;
         for (i, (block, cross)) in self.decoder.iter().zip(&memory.cross).enumerate() {
             x = block.forward(&x, memory.own.layer(i), &bias, cross, &memory.padding)?;
         }
-        let x = self.decoder_norm.forward(&x)?.squeeze(1)?;
+        self.decoder_norm.forward(&x)
+    }
+
+    /// Hidden states (…, d) to logits (…, v).
+    ///
+    /// # Errors
+    /// Another width than the model's.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         Ok(match &self.head {
-            Some(head) => frozen_linear(&x, head, None)?,
+            Some(head) => frozen_linear(hidden, head, None)?,
             None => {
-                frozen_linear(&(x * (self.config.d_model as f64).powf(-0.5))?, &self.words, None)?
+                let scale = (self.config.d_model as f64).powf(-0.5);
+                frozen_linear(&(hidden * scale)?, &self.words, None)?
             }
         })
     }

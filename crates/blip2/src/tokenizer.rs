@@ -11,6 +11,7 @@ use std::collections::HashMap;
 
 use candle_core::quantized::gguf_file::Value;
 use candle_core::{Device, Tensor};
+use serde_json::{Value as Json, json};
 use tokenizers::decoders::wordpiece::WordPiece as WordPieceDecoder;
 use tokenizers::models::bpe::BPE;
 use tokenizers::models::wordpiece::WordPiece;
@@ -20,7 +21,6 @@ use tokenizers::pre_tokenizers::bert::BertPreTokenizer;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::sequence::Sequence;
-use serde_json::{Value as Json, json};
 use tokenizers::{AddedToken, ModelWrapper, PostProcessorWrapper};
 
 use crate::{Error, Result};
@@ -224,7 +224,8 @@ impl Tokenizer {
     pub fn from_gpt2(vocab: &[u8], merges_txt: &str, special: SpecialIds) -> Result<Self> {
         let vocab: HashMap<String, u32> = serde_json::from_slice(vocab)
             .map_err(|e| Error::Tokenizer(format!("vocab.json: {e}")))?;
-        let lines = merges_txt.lines().filter(|line| !line.is_empty() && !line.starts_with("#version"));
+        let lines =
+            merges_txt.lines().filter(|line| !line.is_empty() && !line.starts_with("#version"));
         let merges = merges(lines, |token| vocab.contains_key(token))?;
         let control: Vec<String> = vocab
             .iter()
@@ -332,16 +333,20 @@ impl Tokenizer {
     /// What puts the special tokens around a text, as `tokenizer.json` says it.
     fn template(&self) -> Json {
         let name = |id: &u32| self.inner.id_to_token(*id).unwrap_or_default();
-        let special = |kind: u8| move |id: &u32| json!({"SpecialToken": {"id": name(id), "type_id": kind}});
+        let special =
+            |kind: u8| move |id: &u32| json!({"SpecialToken": {"id": name(id), "type_id": kind}});
         let text = |id: &str, kind: u8| {
             let (prefix, suffix) = (self.prefix.iter(), self.suffix.iter().map(special(kind)));
-            let prefix: Vec<Json> = if kind == 0 { prefix.map(special(0)).collect() } else { Vec::new() };
+            let prefix: Vec<Json> =
+                if kind == 0 { prefix.map(special(0)).collect() } else { Vec::new() };
             let sequence = json!({"Sequence": {"id": id, "type_id": kind}});
             prefix.into_iter().chain([sequence]).chain(suffix).collect::<Vec<_>>()
         };
-        let tokens = self.prefix.iter().chain(&self.suffix).map(|id| {
-            (name(id), json!({"id": name(id), "ids": [id], "tokens": [name(id)]}))
-        });
+        let tokens = self
+            .prefix
+            .iter()
+            .chain(&self.suffix)
+            .map(|id| (name(id), json!({"id": name(id), "ids": [id], "tokens": [name(id)]})));
         let single = text("A", 0);
         let pair = [single.clone(), text("B", 1)].concat();
         json!({

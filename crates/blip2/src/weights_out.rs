@@ -140,7 +140,8 @@ fn write_shard(tensors: &[(&str, &Source, DType, usize)], path: &Path) -> Result
     // transformers refuses files that don't say so.
     let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     let broken = |reason: String| Error::file(path, reason);
-    let metadata = Metadata::new(Some(format), infos.collect()).map_err(|e| broken(e.to_string()))?;
+    let metadata =
+        Metadata::new(Some(format), infos.collect()).map_err(|e| broken(e.to_string()))?;
     let mut header = serde_json::to_vec(&metadata).map_err(|e| broken(e.to_string()))?;
     header.resize(header.len().next_multiple_of(8), b' ');
 

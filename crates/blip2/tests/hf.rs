@@ -215,7 +215,8 @@ fn a_folder_of_transformers_5_gives_the_same() {
         );
         let mut config = json("config.json");
         config["text_config"]["tie_word_embeddings"] = true.into();
-        config["text_config"]["eos_token_id"] = json("generation_config.json")["eos_token_id"].clone();
+        config["text_config"]["eos_token_id"] =
+            json("generation_config.json")["eos_token_id"].clone();
         write("config.json", &config);
         for name in ["preprocessor_config.json", "generation_config.json"] {
             std::fs::remove_file(dir.path().join(name)).unwrap();

@@ -89,12 +89,18 @@ fn answer(mut stream: TcpStream, shop: &Mutex<Shop>) {
         return say("401 Unauthorized", "content-length: 0\r\n", b"");
     }
     if path.starts_with("/api/models/org/tiny/revision/main") {
-        let names: Vec<_> = shop.files.keys().map(|name| serde_json::json!({"rfilename": name})).collect();
+        let names: Vec<_> =
+            shop.files.keys().map(|name| serde_json::json!({"rfilename": name})).collect();
         let body = serde_json::json!({"sha": COMMIT, "siblings": names}).to_string();
         return say("200 OK", &length(body.as_bytes()), body.as_bytes());
     }
     let name = path.rsplit('/').next().unwrap();
-    let Some(content) = shop.files.get(name).cloned().filter(|_| path.contains("/resolve/") || path.contains("/cdn/")) else {
+    let Some(content) = shop
+        .files
+        .get(name)
+        .cloned()
+        .filter(|_| path.contains("/resolve/") || path.contains("/cdn/"))
+    else {
         return say("404 Not Found", "content-length: 0\r\n", b"");
     };
     if is_large(name) && path.contains("/resolve/") {
@@ -107,7 +113,8 @@ fn answer(mut stream: TcpStream, shop: &Mutex<Shop>) {
         );
         return say("302 Found", &headers, b"");
     }
-    let from = range.and_then(|r| r.strip_prefix("bytes=")?.strip_suffix('-')?.parse::<usize>().ok());
+    let from =
+        range.and_then(|r| r.strip_prefix("bytes=")?.strip_suffix('-')?.parse::<usize>().ok());
     let mut body = content[from.unwrap_or(0)..].to_vec();
     if shop.garbled && is_large(name) {
         body.iter_mut().for_each(|byte| *byte ^= 1);
@@ -153,8 +160,12 @@ fn a_model_is_fetched_once_into_the_shared_cache() {
     for case in ["opt_f32", "opt_f16_sharded"] {
         let cache = tempfile::tempdir().unwrap();
         let (cdn, far) = serve(Shop { files: tiny(case), ..Shop::default() });
-        let (address, shop) =
-            serve(Shop { files: tiny(case), token: Some("secret"), cdn: Some(cdn), ..Shop::default() });
+        let (address, shop) = serve(Shop {
+            files: tiny(case),
+            token: Some("secret"),
+            cdn: Some(cdn),
+            ..Shop::default()
+        });
         let hub_ = hub(&address, cache.path(), Some("secret"), false);
         let folder = fetch(&hub_).unwrap();
         let repo = cache.path().join("models--org--tiny");
@@ -170,7 +181,10 @@ fn a_model_is_fetched_once_into_the_shared_cache() {
         assert!(!folder.join("README.md").exists() && !folder.join("pytorch_model.bin").exists());
         // The other server got no token.
         let seen = far.lock().unwrap().seen.clone();
-        assert!(!seen.is_empty() && seen.iter().all(|line| line.contains("token=None")), "{seen:?}");
+        assert!(
+            !seen.is_empty() && seen.iter().all(|line| line.contains("token=None")),
+            "{seen:?}"
+        );
         // The second time nobody is asked; nor offline.
         let before = shop.lock().unwrap().seen.len();
         assert_eq!(fetch(&hub_).unwrap(), folder);
@@ -196,7 +210,9 @@ fn a_broken_connection_is_gone_on_with() {
         assert!(seen.iter().any(|line| line.contains(range)), "{range}: {seen:?}");
     }
     let left = fs::read_dir(cache.path().join("models--org--tiny/blobs")).unwrap();
-    assert!(left.map(|e| e.unwrap().path()).all(|p| p.extension().is_none_or(|e| e != "incomplete")));
+    assert!(
+        left.map(|e| e.unwrap().path()).all(|p| p.extension().is_none_or(|e| e != "incomplete"))
+    );
 }
 
 #[test]
@@ -226,12 +242,16 @@ fn what_goes_wrong_is_named() {
             assert!(message.contains(part), "{message:?} lacks {part:?}");
         }
     };
-    says(refused(full(), None, true, "org/tiny"), &["org/tiny", "not in the cache", "HF_HUB_OFFLINE"]);
+    says(
+        refused(full(), None, true, "org/tiny"),
+        &["org/tiny", "not in the cache", "HF_HUB_OFFLINE"],
+    );
     says(refused(full(), None, false, "org/other"), &["org/other", "404", "no such model"]);
     says(refused(full(), None, false, "org/tiny@dev"), &["org/tiny@dev", "404"]);
     let gated = Shop { token: Some("secret"), ..full() };
     says(refused(gated, Some("wrong"), false, "org/tiny"), &["401", "HF_TOKEN"]);
-    let none = Shop { files: [("config.json".to_owned(), b"{}".to_vec())].into(), ..Shop::default() };
+    let none =
+        Shop { files: [("config.json".to_owned(), b"{}".to_vec())].into(), ..Shop::default() };
     says(refused(none, None, false, "org/tiny"), &["no model.safetensors"]);
     let garbled = Shop { garbled: true, ..full() };
     says(refused(garbled, None, false, "org/tiny"), &["model.safetensors", "sha256"]);

@@ -12,7 +12,8 @@ use std::path::{Path, PathBuf};
 
 use blip2::assets;
 use blip2::generate::{
-    Beam, EarlyStopping, Hypothesis, Options, RepetitionScope, Sampling, StepModel, Strategy, generate,
+    Beam, EarlyStopping, Hypothesis, Options, RepetitionScope, Sampling, StepModel, Strategy,
+    generate,
 };
 use blip2::llama::{Gguf, Llama, LlamaConfig};
 use blip2::llm::{Llm, LlmDecoder};

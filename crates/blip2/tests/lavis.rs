@@ -64,7 +64,8 @@ fn image_encoders_are_those_of_lavis() {
         let path = file(&format!("{name}.pth"));
         let (config, weights) =
             lavis::vision(shards::open_file(&path).unwrap(), HEADS, &path).unwrap();
-        let vit = Params::build(weights, WeightFormat::F32, name, |p| Vit::new(p, &config)).unwrap();
+        let vit =
+            Params::build(weights, WeightFormat::F32, name, |p| Vit::new(p, &config)).unwrap();
         assert_close(name, &vit.forward(&golden["pixels"]).unwrap(), &golden[name]);
     }
 }
@@ -82,7 +83,8 @@ fn both_stage_1_checkpoints_embed_and_match_as_lavis() {
         let part = model.manifest.stage1.clone().unwrap();
         let weights = model.weights(&part.weights).unwrap();
         let bridge =
-            Params::build(weights, WeightFormat::F32, name, |p| Stage1::new(p, &part.config)).unwrap();
+            Params::build(weights, WeightFormat::F32, name, |p| Stage1::new(p, &part.config))
+                .unwrap();
         let encoder = model.vision_tensors(&mut quiet).unwrap();
         let vit = Params::build(encoder, WeightFormat::F32, name, |p| {
             Vit::new(p, &model.manifest.vision.config)
@@ -109,7 +111,11 @@ fn both_stage_1_checkpoints_embed_and_match_as_lavis() {
 fn options(beams: u64) -> Options {
     let strategy = match beams {
         1 => Strategy::Greedy,
-        num_beams => Strategy::Beam(Beam { num_beams: num_beams as usize, length_penalty: 0.0, ..Beam::default() }),
+        num_beams => Strategy::Beam(Beam {
+            num_beams: num_beams as usize,
+            length_penalty: 0.0,
+            ..Beam::default()
+        }),
     };
     // `min_length=1` is met by the start token that transformers 4.33 counts.
     Options { strategy, max_new_tokens: 8, min_new_tokens: 0, ..Options::default() }
@@ -167,8 +173,7 @@ fn a_folder_that_went_there_and_back_is_the_same() {
         let back = Parts::of_model(&ours, &mut quiet).unwrap();
         let dir = tempfile::tempdir().unwrap();
         back.write_hf(Half::Generates, None, dir.path()).unwrap();
-        let (before, after) =
-            (shards::open(&source).unwrap(), shards::open(dir.path()).unwrap());
+        let (before, after) = (shards::open(&source).unwrap(), shards::open(dir.path()).unwrap());
         let names = |t: &lavis::Tensors| t.keys().cloned().collect::<Vec<_>>();
         assert_eq!(names(&before), names(&after), "{case}");
         for (name, tensor) in &before {
@@ -193,7 +198,10 @@ fn what_is_missing_or_wrong_is_named() {
     assert!(refused("stage2_opt.pth", &no_llm).contains("holds no language model"));
     let swapped = frozen("stage1.pth", Some("opt"));
     let message = refused("stage2_opt.pth", &swapped);
-    assert!(message.contains("stage1.pth") && message.contains("no tensor conv1.weight"), "{message}");
+    assert!(
+        message.contains("stage1.pth") && message.contains("no tensor conv1.weight"),
+        "{message}"
+    );
     assert!(refused("eva.pth", &none).contains("eva.pth"));
     // transformers' image encoder has no place for CLIP's.
     let clip = Parts::of_lavis(&file("stage2_opt.pth"), &frozen("clip.pth", Some("opt"))).unwrap();

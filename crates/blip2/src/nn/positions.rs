@@ -129,7 +129,12 @@ mod tests {
     fn what_is_no_square_is_refused() {
         for shape in [vec![1, 11, 2], vec![10, 2], vec![1, 1, 2], vec![1, 0, 2]] {
             let positions = Tensor::zeros(shape, candle_core::DType::F32, &Device::Cpu).unwrap();
-            assert!(fit_positions(&positions, 3, Corners::Centres).unwrap_err().to_string().contains("pos_embed"));
+            assert!(
+                fit_positions(&positions, 3, Corners::Centres)
+                    .unwrap_err()
+                    .to_string()
+                    .contains("pos_embed")
+            );
         }
     }
 }
