@@ -21,6 +21,7 @@ from transformers import (
     Blip2QFormerConfig,
     Blip2VisionConfig,
     BlipImageProcessor,
+    LlamaConfig,
     OPTConfig,
     PreTrainedTokenizerFast,
     T5Config,
@@ -42,6 +43,8 @@ SEARCHES = {
 }
 OPT = dict(num_hidden_layers=2, num_attention_heads=3, hidden_size=27, ffn_dim=40, max_position_embeddings=60)
 T5 = dict(d_model=26, d_kv=7, d_ff=38, num_layers=3, num_heads=3, relative_attention_num_buckets=8, relative_attention_max_distance=12)
+LLAMA = dict(hidden_size=36, intermediate_size=50, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=60,
+             tie_word_embeddings=False)
 # name: (seed, type of the stored weights, largest shard, language model)
 CASES = {
     "opt_f32": (1, torch.float32, "1GB", OPT),
@@ -50,7 +53,9 @@ CASES = {
     # As the published files: a gate, the error-function GELU, a head of its own.
     "t5_bf16": (4, torch.bfloat16, "1GB", {**T5, "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu", "tie_word_embeddings": False}),
     "t5_f16_tied": (5, torch.float16, "60KB", {**T5, "feed_forward_proj": "relu", "num_layers": 2, "tie_word_embeddings": True}),
-    "t5_f32_tanh": (6, torch.float32, "1GB", {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    # Any causal language model may stand there; grouped keys, a head of its own.
+    "llama_f16": (7, torch.float16, "1GB", LLAMA),
+    "t5_f16_tanh": (6, torch.float16, "1GB", {**T5, "feed_forward_proj": "gated-gelu", "num_layers": 2, "tie_word_embeddings": False}),
 }
 
 
@@ -90,6 +95,9 @@ def build(name):
     if t5:
         end = 1
         text = T5Config(vocab_size=ids + 3, bos_token_id=1, eos_token_id=1, pad_token_id=0, decoder_start_token_id=0, **language)
+    elif "num_key_value_heads" in language:
+        end = processor.tokenizer("\n", add_special_tokens=False).input_ids[0]
+        text = LlamaConfig(vocab_size=ids + 3, eos_token_id=end, bos_token_id=2, pad_token_id=1, **language)
     else:
         end = processor.tokenizer("\n", add_special_tokens=False).input_ids[0]
         text = OPTConfig(vocab_size=ids + 3, word_embed_proj_dim=language["hidden_size"], eos_token_id=end, bos_token_id=2, pad_token_id=1, **language)

@@ -6,6 +6,7 @@ checkpoints for an OPT and a T5 (old torch format), and these two as folders wit
 in shards. Values are computed in f32 from the weights as they are stored.
 """
 
+import copy
 import os
 import shutil
 import sys
@@ -61,6 +62,13 @@ def encoders():
     return randomise(eva, 5), randomise(clip, 6)
 
 
+def rounded(model):
+    """Weights as half precision holds them: stored so, the files are half as large, and lose nothing."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.half().float()
+    return model.eval()
+
+
 def half(state):
     return {key: value.half() for key, value in state.items()}
 
@@ -80,9 +88,10 @@ def stage2(lavis_class, stage1, encoder, llm, projection):
     linear = nn.Linear(tiny.CONFIG["hidden_size"], width)
     linear.weight.data = torch.randn(linear.weight.shape, generator=generator) / 6
     linear.bias.data = 0.1 * torch.randn(width, generator=generator)
+    rounded(linear)
     setattr(model, projection, linear)
     # A run saves what it trains; the encoder and the language model are frozen.
-    saved = {key: value.clone() for key, value in model.state_dict().items()}
+    saved = half(model.state_dict())
     model.visual_encoder = encoder
     return model.eval().requires_grad_(False), saved
 
@@ -101,11 +110,11 @@ def language(t5):
     else:
         end = tokenizer("\n", add_special_tokens=False).input_ids[0]
         model = OPTForCausalLM(OPTConfig(vocab_size=vocabulary, word_embed_proj_dim=OPT["hidden_size"], bos_token_id=2, eos_token_id=2, pad_token_id=1, **OPT))
-    randomise(model, 7 + t5, torch.float32)
+    randomise(model, 7 + t5)
     # Words that are too large only repeat themselves.
     model.get_input_embeddings().weight.data.mul_(0.25)
     model.get_output_embeddings().weight.data[end] *= 1.6
-    return tokenizer, model.eval(), end
+    return tokenizer, rounded(model), end
 
 
 def sentences(model, tokenizer, end, pixels, t5):
@@ -131,6 +140,20 @@ def sentences(model, tokenizer, end, pixels, t5):
     return soft, found
 
 
+def captions(stage1, features):
+    """What Blip2Qformer.generate writes; beams are not repeated before transformers does it once more."""
+    found = []
+    for beams in (1, 3):
+        rows = stage1.Qformer.generate(
+            input_ids=torch.full((len(features), 1), tiny.DEC), query_embeds=stage1.query_tokens.expand(len(features), -1, -1), max_length=11, min_length=1,
+            num_beams=beams, do_sample=False, eos_token_id=tiny.SEP, pad_token_id=tiny.PAD, length_penalty=PENALTY,
+            encoder_hidden_states=features, encoder_attention_mask=torch.ones(features.shape[:2], dtype=torch.long))
+        for picture, row in enumerate(rows.tolist()):
+            row = row[1:]
+            found.append(dict(beams=beams, picture=picture, tokens=row[: row.index(tiny.SEP) + 1] if tiny.SEP in row else row))
+    return found
+
+
 def opt_files(tokenizer, folder):
     """Only what OPT's published folders have: no tokenizer.json."""
     tokenizer.backend_tokenizer.model.save(folder)
@@ -145,7 +168,7 @@ def main():
     shutil.rmtree(root, ignore_errors=True)
     os.makedirs(root)
     path = lambda name: os.path.join(root, name)  # noqa: E731
-    stage1 = tiny.stage1_model(args.lavis).eval()
+    stage1 = rounded(tiny.stage1_model(args.lavis))
     eva, clip = encoders()
     pixels = torch.randn(2, 3, IMAGE, IMAGE, generator=torch.Generator().manual_seed(3))
     tensors = {"pixels": pixels, "eva": eva(pixels), "clip": clip(pixels)}
@@ -161,7 +184,7 @@ def main():
     some.grad = torch.ones(3, 2)
     optimizer.step()
     run = {"optimizer": optimizer.state_dict(), "config": {"model": {"arch": "blip2"}, "run": {"max_epoch": 10, "device": "cuda"}}, "scaler": {"scale": 65536.0}, "epoch": 9}
-    torch.save({"model": state, **run}, path("stage1.pth"))
+    torch.save({"model": half(state), **run}, path("stage1.pth"))
     with_encoder = state | {"visual_encoder." + key: value for key, value in eva.state_dict().items()}
     torch.save({"model": half(with_encoder)}, path("stage1_finetuned.pth"), _use_new_zipfile_serialization=False)
 
@@ -172,6 +195,11 @@ def main():
         tensors["image_embeds"] = nn.functional.normalize(stage1.vision_proj(queries.last_hidden_state), dim=-1)
         texts = stage1.Qformer.bert(ids, attention_mask=(ids != 0).long(), return_dict=True)
         tensors["text_embeds"] = nn.functional.normalize(stage1.text_proj(texts.last_hidden_state[:, 0]), dim=-1)
+        tensors |= {"image_hidden": queries.last_hidden_state, "text_hidden": texts.last_hidden_state}
+        both = stage1.Qformer.bert(ids, query_embeds=stage1.query_tokens.expand(2, -1, -1), attention_mask=torch.cat([torch.ones(2, tiny.CONFIG["query_length"]).long(), (ids != 0).long()], 1),
+                                   encoder_hidden_states=image_features, return_dict=True)
+        tensors["multimodal"] = both.last_hidden_state[:, : tiny.CONFIG["query_length"]]
+        written = captions(stage1, image_features)
         tensors["itm"] = stage1.compute_itm(image_features, ids, (ids != 0).long())
     tensors["ids"] = ids
 
@@ -179,13 +207,13 @@ def main():
     from lavis.models.blip2_models.blip2_t5 import Blip2T5
 
     results = []
-    for t5, shards in ((False, "1GB"), (True, "15KB")):
+    for t5, shards in ((False, "1GB"), (True, "9KB")):
         name = "t5" if t5 else "opt"
         tokenizer, llm, end = language(t5)
-        model, saved = stage2(Blip2T5 if t5 else Blip2OPT, tiny.stage1_model(args.lavis), eva, llm, name + "_proj")
+        model, saved = stage2(Blip2T5 if t5 else Blip2OPT, rounded(tiny.stage1_model(args.lavis)), eva, llm, name + "_proj")
         setattr(model, name + "_model", llm)
         torch.save({"model": saved}, path(f"stage2_{name}.pth"), _use_new_zipfile_serialization=t5)
-        llm.save_pretrained(path(name), safe_serialization=False, max_shard_size=shards)
+        copy.deepcopy(llm).half().save_pretrained(path(name), safe_serialization=False, max_shard_size=shards)
         if t5:
             tokenizer.save_pretrained(path(name))
         else:
@@ -194,7 +222,7 @@ def main():
         results += found
         print(name, [row["text"] for row in found])
     write_tensors(args, "lavis_files", tensors, prompts=PROMPTS, **tiny.header())
-    write_json(args, "lavis_files", {**tiny.header(), "searches": results})
+    write_json(args, "lavis_files", {**tiny.header(), "searches": results, "captions": written})
 
 
 if __name__ == "__main__":

@@ -41,8 +41,8 @@ fn row(
     answers: &[Hypothesis],
 ) -> anyhow::Result<Row> {
     let best = answers.first().context("the search found no answer")?;
-    let answer = caption::describe(captioner, best)?;
-    let text = answer["text"].as_str().unwrap_or_default().to_owned();
+    let text = captioner.text(best)?;
+    let answer = caption::describe(&text, best);
     let json = json!({
         "image": path.to_string_lossy(),
         "question": question,

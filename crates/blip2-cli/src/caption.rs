@@ -2,13 +2,13 @@
 
 use std::path::Path;
 
-use blip2::generate::Hypothesis;
-use blip2::model::Captioner;
+use blip2::generate::{Hypothesis, Options};
 use serde_json::{Value, json};
 
 use crate::cli::{CaptionArgs, Global};
 use crate::output::Row;
 use crate::pictures::Found;
+use crate::progress::say;
 use crate::{Outcome, model};
 
 pub(crate) fn run(global: &Global, args: &CaptionArgs) -> anyhow::Result<Outcome> {
@@ -17,34 +17,66 @@ pub(crate) fn run(global: &Global, args: &CaptionArgs) -> anyhow::Result<Outcome
     if found.is_hopeless() {
         return found.report(global.format);
     }
+    if stage(global, args)? == 1 {
+        return by_first_stage(global, args, &found, &options);
+    }
     let captioner = model::captioner(global)?;
     let side = captioner.vision().config().image_size;
     let prompt = args.prompt.as_deref().unwrap_or_else(|| captioner.caption_prompt());
     found.for_each_batch(&args.pictures, side, global.format, |paths, pictures| {
         let prompts = vec![prompt; pictures.len()];
-        let captions = captioner.generate(pictures, &prompts, &options)?;
-        paths
-            .iter()
-            .zip(captions)
-            .map(|(path, captions)| Ok(vec![row(&captioner, path, &captions)?]))
-            .collect()
+        rows(paths, &captioner.generate(pictures, &prompts, &options)?, |c| captioner.text(c))
     })
 }
 
-fn row(captioner: &Captioner, path: &Path, captions: &[Hypothesis]) -> anyhow::Result<Row> {
-    let name = path.to_string_lossy();
-    let captions: Vec<Value> =
-        captions.iter().map(|caption| describe(captioner, caption)).collect::<Result<_, _>>()?;
-    let texts = captions.iter().filter_map(|caption| caption["text"].as_str());
-    let text = texts.map(|text| format!("{name}: {text}")).collect::<Vec<_>>().join("\n");
-    Ok(Row { json: json!({"image": name, "captions": captions}), text })
+/// The stage that was asked for, else the last there is.
+fn stage(global: &Global, args: &CaptionArgs) -> anyhow::Result<u8> {
+    if let Some(stage) = args.stage {
+        return Ok(stage);
+    }
+    let manifest = model::open(&global.model)?.manifest;
+    let only_first = manifest.stage2.is_none() && manifest.stage1.is_some_and(|s| !s.config.matching_only);
+    if only_first {
+        say("this model has no second stage: the first one writes the captions");
+    }
+    Ok(if only_first { 1 } else { 2 })
+}
+
+fn by_first_stage(
+    global: &Global,
+    args: &CaptionArgs,
+    found: &Found,
+    options: &Options,
+) -> anyhow::Result<Outcome> {
+    if args.prompt.is_some() {
+        anyhow::bail!("--prompt: the first stage writes captions from their first word on");
+    }
+    let matcher = model::matcher(global)?;
+    let side = matcher.vision().config().image_size;
+    found.for_each_batch(&args.pictures, side, global.format, |paths, pictures| {
+        rows(paths, &matcher.caption(pictures, options)?, |c| matcher.text(c))
+    })
+}
+
+/// A row for each picture with its captions.
+fn rows(
+    paths: &[&Path],
+    captions: &[Vec<Hypothesis>],
+    text: impl Fn(&Hypothesis) -> blip2::Result<String>,
+) -> anyhow::Result<Vec<Vec<Row>>> {
+    let row = |(path, captions): (&&Path, &Vec<Hypothesis>)| -> anyhow::Result<Vec<Row>> {
+        let name = path.to_string_lossy();
+        let texts = captions.iter().map(&text).collect::<blip2::Result<Vec<_>>>()?;
+        let json: Vec<Value> =
+            captions.iter().zip(&texts).map(|(caption, text)| describe(text, caption)).collect();
+        let lines: Vec<String> = texts.iter().map(|text| format!("{name}: {text}")).collect();
+        let json = json!({"image": name, "captions": json});
+        Ok(vec![Row { json, text: lines.join("\n") }])
+    };
+    paths.iter().zip(captions).map(row).collect()
 }
 
 /// One caption as the contract wants it.
-pub(crate) fn describe(captioner: &Captioner, caption: &Hypothesis) -> anyhow::Result<Value> {
-    Ok(json!({
-        "text": captioner.text(caption)?,
-        "tokens": caption.tokens,
-        "score": caption.score,
-    }))
+pub(crate) fn describe(text: &str, caption: &Hypothesis) -> Value {
+    json!({"text": text, "tokens": caption.tokens, "score": caption.score})
 }

@@ -265,6 +265,9 @@ pub(crate) struct CaptionArgs {
     /// Text the caption goes on from
     #[arg(long, env = "BLIP2_PROMPT", value_name = "P")]
     pub(crate) prompt: Option<String>,
+    /// Which stage writes: the second, with its language model, or the first with its own head [default: the last there is]
+    #[arg(long, env = "BLIP2_STAGE", value_parser = clap::value_parser!(u8).range(1..=2))]
+    pub(crate) stage: Option<u8>,
     /// Captions per picture, best first
     #[arg(long, env = "BLIP2_NUM_CAPTIONS", value_name = "K", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(crate) num_captions: u16,
@@ -327,8 +330,22 @@ pub(crate) struct EmbedArgs {
     /// A text; may be given several times
     #[arg(long, env = "BLIP2_TEXT", value_name = "T")]
     pub(crate) text: Vec<String>,
+    /// Which vectors
+    #[arg(long, env = "BLIP2_FEATURES", value_enum, value_name = "KIND", default_value_t = FeaturesName::Projected)]
+    pub(crate) features: FeaturesName,
     #[command(flatten)]
     pub(crate) pictures: PictureArgs,
+}
+
+/// Which vectors `embed` gives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum FeaturesName {
+    /// Of the common space of pictures and texts, normalised
+    Projected,
+    /// The Q-Former's output before it: a vector a query, or a token
+    Hidden,
+    /// The queries' output for every picture with every text
+    Multimodal,
 }
 
 /// Which ids the repetition penalty counts.
@@ -506,6 +523,9 @@ pub(crate) struct TrainArgs {
     /// Folder of the run [default: runs/NAME of the recipe]
     #[arg(long, env = "BLIP2_OUT", value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
+    /// Only say what it takes: parameters, memory and arithmetic of a step; nothing is fetched, read or written
+    #[arg(long, env = "BLIP2_DRY_RUN", value_parser = FalseyValueParser::new())]
+    pub(crate) dry_run: bool,
     /// Go on from the newest valid checkpoint
     #[arg(long, env = "BLIP2_RESUME", value_parser = FalseyValueParser::new())]
     pub(crate) resume: bool,

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context as _;
+use blip2_train::budget::Budget;
 use blip2_train::data::mini::{self, MiniConfig};
 use blip2_train::data::package::Origin;
 use blip2_train::monitor::RunLog;
-use blip2_train::recipe::{DataBuild, RecipeFile};
+use blip2_train::recipe::{DataBuild, Length, RecipeFile};
 use blip2_train::tasks::{Session, Trained, train_recipe, use_threads};
 use blip2_train::trainer::{Monitor, Resume};
 use serde_json::json;
@@ -22,6 +23,9 @@ const TINY_SAMPLES: usize = 512;
 
 pub(crate) fn run(global: &Global, args: &TrainArgs) -> anyhow::Result<Outcome> {
     let recipe = RecipeFile::read(&args.recipe, &args.set)?;
+    if args.dry_run {
+        return dry_run(global, &recipe);
+    }
     if let Some(unheeded) = use_threads(recipe.runtime.threads) {
         say(&unheeded);
     }
@@ -51,6 +55,40 @@ pub(crate) fn run(global: &Global, args: &TrainArgs) -> anyhow::Result<Outcome> 
             Ok(Outcome::AllFine)
         }
     }
+}
+
+/// A table of what each stage of the recipe takes.
+fn dry_run(global: &Global, file: &RecipeFile) -> anyhow::Result<Outcome> {
+    for recipe in file.runs() {
+        let budget = Budget::of(&recipe)?;
+        let millions = |n: u64| format!("{:.1} M ({n})", n as f64 / 1e6);
+        let gigabytes = |n: u64| format!("{:.1} GB", n as f64 / 1e9);
+        let length = match recipe.length {
+            Length::Steps(n) => format!("{n} steps"),
+            Length::Epochs(n) => format!("{n} epochs"),
+        };
+        let [vision, bridge, llm] = budget.flops.map(|flops| flops / 1e12);
+        let all = budget.frozen_bytes + budget.trained_bytes + budget.activation_bytes;
+        let text = [
+            format!("{}, stage {}: {length} of {} pictures", recipe.name, budget.stage, budget.pictures),
+            format!("  trained         {}", millions(budget.trained)),
+            format!("  image encoder   {}", millions(budget.vision)),
+            format!("  language model  {}", millions(budget.llm)),
+            format!(
+                "  memory          {} = frozen {} + trained {} + activations about {}",
+                gigabytes(all),
+                gigabytes(budget.frozen_bytes),
+                gigabytes(budget.trained_bytes),
+                gigabytes(budget.activation_bytes)
+            ),
+            format!(
+                "  arithmetic      {:.1} TFLOP a step = image encoder {vision:.1} + bridge {bridge:.1} + language model {llm:.1}",
+                vision + bridge + llm
+            ),
+        ];
+        output::line(global.format, &serde_json::to_value(&budget)?, &text.join("\n"))?;
+    }
+    Ok(Outcome::AllFine)
 }
 
 /// What to type to go on: with another folder or other changes it would be another run.
@@ -119,6 +157,7 @@ mod tests {
             recipe: "recipes/tiny_cpu.toml".into(),
             set: Vec::new(),
             out: None,
+            dry_run: false,
             resume: false,
         };
         assert_eq!(resume_command(&args), "blip2 train recipes/tiny_cpu.toml --resume");

@@ -203,6 +203,8 @@ fn a_tiny_model_serves_every_verb() {
     embeds(&world);
     inspects(&world);
     converts(&world);
+    changes_its_layout(&world);
+    uses_the_first_stage(&world);
     evaluates(&world);
     survives_a_closed_pipe(&world);
 }
@@ -411,7 +413,7 @@ fn inspects(world: &World) {
 
 /// The model, packed, captions and matches.
 fn converts(world: &World) {
-    let rows = world.run("convert run/model packs/q8 --format jsonl").exits(0).rows();
+    let rows = world.run("convert run/model packs/q8 --matrices q8 --format jsonl").exits(0).rows();
     assert_eq!(rows[0]["model"], "packs/q8");
     let bytes = ["stage1", "stage2"].map(|s| world.read(&format!("packs/q8/{s}.gguf")).len());
     assert_eq!(rows[0]["bytes"], bytes.iter().sum::<usize>());
@@ -422,12 +424,52 @@ fn converts(world: &World) {
     assert_eq!(world.run(line).exits(0).rows().len(), 1);
 
     // A folder that is there is not overwritten; a conversion that fails leaves nothing.
-    world.run("convert run/model packs/q8").exits(1);
+    world.run("convert run/model packs/q8 --matrices q8").exits(1);
     let mut manifest: Value = serde_json::from_slice(&world.read("packs/q8/model.json")).unwrap();
     manifest["stage2"]["weights"] = "../model.json".into();
     world.write("bad/model.json", manifest.to_string().as_bytes());
     world.run("convert bad packs/again").exits(1);
     assert_eq!(world.names("packs"), ["q8"]);
+}
+
+/// The model in Hugging Face's layout, stage by stage, and from there in ours: the same tokens and scores all the way.
+fn changes_its_layout(world: &World) {
+    let ran = |line: &str| world.run(&format!("{line} --format jsonl")).exits(0).rows();
+    let caption = |model: &str| {
+        let prompt = "--prompt picture --max-new-tokens 4";
+        ran(&format!("caption nested/a {prompt} --model {model}"))[0]["captions"][0]["tokens"].clone()
+    };
+    let score = |model: &str| ran(&format!("match nested/a/one.png --text circle --model {model}"))[0]["itm"].clone();
+    ran("convert run/model layouts/hf");
+    let names = world.names("layouts/hf");
+    for name in ["config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"] {
+        assert!(names.iter().any(|n| n == name), "{name} is not among {names:?}");
+    }
+    assert_eq!(caption("layouts/hf"), caption("run/model"));
+    ran("convert layouts/hf layouts/back");
+    assert_eq!(caption("layouts/back"), caption("run/model"));
+    ran("convert run/model layouts/matching --stage 1");
+    let (there, here) = (score("layouts/matching"), score("run/model"));
+    assert!((there.as_f64().unwrap() - here.as_f64().unwrap()).abs() < 1e-5, "{there} {here}");
+    let refused = world.run("caption nested/a --model layouts/matching").exits(1);
+    assert!(refused.err.contains("stage-2"), "{}", refused.err);
+    world.run("convert layouts/hf layouts/half --stage 1 --layout hf").exits(1);
+}
+
+/// The first stage's own captions, and vectors from before the common space.
+fn uses_the_first_stage(world: &World) {
+    let ran = |line: &str| world.run(&format!("{line} --format jsonl")).exits(0).rows();
+    let rows = ran("caption nested/a --stage 1 --max-new-tokens 3");
+    check_captions(&rows[0], "nested/a/one.png", 1, 3);
+    world.run("caption nested/a --stage 1 --prompt a").exits(1);
+    let width = |row: &Value| row["embedding"][0].as_array().unwrap().len();
+    let rows = ran("embed --image nested/a --text circle --features hidden");
+    assert_eq!((rows.len(), width(&rows[0])), (2, width(&rows[1])));
+    let rows = ran("embed --image nested/a --text circle --text square --features multimodal");
+    let texts: Vec<_> = rows.iter().map(|row| row["text"].as_str().unwrap()).collect();
+    assert_eq!(texts, ["circle", "square"]);
+    assert_ne!(rows[0]["embedding"], rows[1]["embedding"]);
+    world.run("embed --image nested/a --features multimodal").exits(1);
 }
 
 fn evaluates(world: &World) {

@@ -113,7 +113,7 @@ fn normal(shape: &[usize], rng: &mut Rng) -> Result<Tensor> {
 }
 
 /// Every tensor of the stage-1 model with its shape.
-fn shapes(config: &Stage1Config) -> BTreeMap<String, Vec<usize>> {
+pub(crate) fn shapes(config: &Stage1Config) -> BTreeMap<String, Vec<usize>> {
     let q = &config.qformer;
     let w = q.width;
     let mut shapes = BTreeMap::new();

@@ -1,6 +1,7 @@
 //! Make a BLIP-2 model: data, losses, the training of both stages, evaluation.
 
 pub mod augment;
+pub mod budget;
 pub mod checkpoint;
 pub mod data;
 mod error;

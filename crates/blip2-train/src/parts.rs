@@ -34,11 +34,13 @@ use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 use serde_json::json;
 
+use crate::budget::check_llm;
 use crate::checkpoint::{save_tensors, sha256, sha256_file, write_atomic};
 use crate::init;
 use crate::order::purpose;
 use crate::recipe::{
-    BertSection, LlmSection, ModelSection, QformerSection, Recipe, VisionSection, weight_format,
+    BertSection, BertShape, LlmSection, ModelSection, QformerSection, Recipe, VisionSection,
+    VisionShape, weight_format,
 };
 use crate::rng::Rng;
 use crate::{Error, Result};
@@ -54,6 +56,8 @@ pub const STAGE2: &str = "stage2.safetensors";
 const LN_VISION_EPS: f64 = 1e-5;
 /// Longest text of a random part, in tokens.
 const RANDOM_POSITIONS: usize = 512;
+/// Tokens of a random language model: bytes, start, end, picture.
+pub(crate) const RANDOM_VOCAB: usize = 259;
 
 /// A run's model folder with its frozen parts in place.
 #[derive(Debug, Clone)]
@@ -98,6 +102,7 @@ impl Base {
         let bert = Bert::open(&qformer.init, texts, &mut *progress)?;
         write_atomic(&dir.join(VOCAB), &bert.vocab)?;
         let vision_part = vision_part(vision, recipe.seed, dir)?;
+        check_llm(llm)?;
         if let LlmSection::Random { .. } = llm {
             random_llm(llm, recipe.seed, &dir.join(LLM))?;
         }
@@ -312,7 +317,7 @@ impl Bert {
                     weights: Some(parts.weights),
                 })
             }
-            BertSection::Directory { path } => Self::from_directory(path),
+            BertSection::Directory { path, shape } => Self::from_directory(path)?.of_shape(*shape, path),
             &BertSection::Random { width, depth, num_heads, ffn_width } => Ok(Self {
                 width,
                 depth,
@@ -352,6 +357,19 @@ impl Bert {
     }
 }
 
+impl Bert {
+    fn of_shape(self, shape: BertShape, dir: &Path) -> Result<Self> {
+        let found = [self.width, self.depth, self.num_heads, self.mlp_width];
+        if shape == BertShape::BertBase && found != [768, 12, 12, 3072] {
+            return Err(Error::Recipe(format!(
+                "model.qformer.init.shape: {} is no bert_base: width, layers, heads, feed-forward {found:?}",
+                dir.display()
+            )));
+        }
+        Ok(self)
+    }
+}
+
 fn read(path: &Path) -> Result<Vec<u8>> {
     std::fs::read(path).map_err(Error::io(path))
 }
@@ -375,7 +393,9 @@ fn vocabulary<'a>(texts: impl Iterator<Item = &'a str>) -> Vec<u8> {
 
 fn vision_part(section: &VisionSection, seed: u64, dir: &Path) -> Result<VisionPart> {
     match *section {
-        VisionSection::Directory { ref path, image_size, .. } => vision_in(path, image_size),
+        VisionSection::Directory { ref path, shape, image_size, .. } => {
+            vision_in(path, shape, image_size)
+        }
         VisionSection::Mini { image_size } => Ok(VisionPart {
             config: VitConfig { image_size, ..VitConfig::dino_s() },
             weights: PartFile::Mini,
@@ -406,9 +426,23 @@ fn vision_part(section: &VisionSection, seed: u64, dir: &Path) -> Result<VisionP
 }
 
 /// The image encoder of a model folder of ours, for pictures of another size.
-fn vision_in(folder: &Path, image_size: usize) -> Result<VisionPart> {
+fn vision_in(folder: &Path, shape: VisionShape, image_size: usize) -> Result<VisionPart> {
     let model = Model::open_folder(folder)?;
     let part = model.manifest.vision.clone();
+    let published = match shape {
+        VisionShape::EvaClipG => Some(VitConfig::eva_clip_g()),
+        VisionShape::ClipL => Some(VitConfig::clip_l()),
+        VisionShape::Any => None,
+    };
+    if let Some(published) = published
+        && part.config != (VitConfig { image_size: part.config.image_size, ..published })
+    {
+        return Err(Error::Recipe(format!(
+            "model.vision.shape: the image encoder of {} is another one: {:?}",
+            folder.display(),
+            part.config
+        )));
+    }
     let patch = part.config.patch_size;
     if patch == 0 || !image_size.is_multiple_of(patch) {
         return Err(Error::Recipe(format!(
@@ -513,7 +547,7 @@ fn random_vit(config: &VitConfig, seed: u64) -> Result<BTreeMap<String, Tensor>>
     Ok(draw.tensors)
 }
 
-/// A random LLaMA in Hugging Face layout, with a vocabulary of the 256 bytes, start and end.
+/// A random LLaMA in Hugging Face layout, with a vocabulary of the 256 bytes and three tokens with a meaning.
 fn random_llm(section: &LlmSection, seed: u64, dir: &Path) -> Result<()> {
     let &LlmSection::Random { width, depth, num_heads, num_kv_heads, ffn_width } = section else {
         return Ok(());
@@ -521,7 +555,7 @@ fn random_llm(section: &LlmSection, seed: u64, dir: &Path) -> Result<()> {
     std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
     let (bos, eos) = (256, 257);
     let config = json!({
-        "model_type": "llama", "vocab_size": 258, "hidden_size": width, "intermediate_size": ffn_width,
+        "model_type": "llama", "vocab_size": RANDOM_VOCAB, "hidden_size": width, "intermediate_size": ffn_width,
         "num_hidden_layers": depth, "num_attention_heads": num_heads, "num_key_value_heads": num_kv_heads,
         "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": RANDOM_POSITIONS,
         "tie_word_embeddings": true, "hidden_act": "silu", "bos_token_id": bos, "eos_token_id": eos,
@@ -530,7 +564,7 @@ fn random_llm(section: &LlmSection, seed: u64, dir: &Path) -> Result<()> {
     write_atomic(&dir.join("tokenizer.json"), byte_tokenizer().to_string().as_bytes())?;
     let mut draw = Draw::new(seed);
     let kv = width / num_heads * num_kv_heads;
-    draw.normal("model.embed_tokens.weight", &[258, width], 1.0 / (width as f64).sqrt())?;
+    draw.normal("model.embed_tokens.weight", &[RANDOM_VOCAB, width], 1.0 / (width as f64).sqrt())?;
     draw.constant("model.norm.weight", width, 1.0)?;
     for i in 0..depth {
         let block = format!("model.layers.{i}");
@@ -558,7 +592,8 @@ fn byte_tokenizer() -> serde_json::Value {
             if printable { Some(char::from(byte)) } else { spare.next().and_then(char::from_u32) };
         vocab.insert(name.unwrap_or_default().to_string(), byte.into());
     }
-    let special = ["<|start|>", "<|end|>"].into_iter().zip(256u32..).map(|(content, id)| {
+    // The last one is where transformers puts a picture.
+    let special = ["<|start|>", "<|end|>", "<image>"].into_iter().zip(256u32..).map(|(content, id)| {
         json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
             "normalized": false, "special": true})
     });

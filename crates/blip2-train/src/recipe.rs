@@ -131,6 +131,8 @@ pub enum VisionSection {
     Directory {
         /// The folder.
         path: PathBuf,
+        /// What its image encoder must be.
+        shape: VisionShape,
         /// Side of the square input in pixels: a multiple of the patches'. Positions are resized to it.
         image_size: usize,
         /// How its matrices are held: `f32`, `f16`, `q8_0`, `q4_k`.
@@ -151,6 +153,51 @@ pub enum VisionSection {
         /// Hidden width of each feed-forward.
         mlp_width: usize,
     },
+}
+
+/// An image encoder's published shape, so that a wrong folder is noticed and costs are known without one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VisionShape {
+    /// EVA-CLIP ViT-g/14 without its last block.
+    #[serde(rename = "eva_clip_g")]
+    EvaClipG,
+    /// CLIP ViT-L/14 without its last block.
+    #[serde(rename = "clip_l")]
+    ClipL,
+    /// Whatever the folder holds.
+    #[serde(rename = "any")]
+    Any,
+}
+
+/// A BERT's published shape.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum BertShape {
+    /// bert-base-uncased: 12 layers, width 768.
+    #[serde(rename = "bert_base")]
+    BertBase,
+    /// Whatever the folder holds.
+    #[serde(rename = "any")]
+    Any,
+}
+
+/// A language model's published shape.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LlmShape {
+    /// OPT-2.7B.
+    #[serde(rename = "opt-2.7b")]
+    Opt2_7b,
+    /// OPT-6.7B.
+    #[serde(rename = "opt-6.7b")]
+    Opt6_7b,
+    /// FlanT5-XL.
+    #[serde(rename = "flan-t5-xl")]
+    FlanT5Xl,
+    /// FlanT5-XXL.
+    #[serde(rename = "flan-t5-xxl")]
+    FlanT5Xxl,
+    /// Whatever the folder holds.
+    #[serde(rename = "any")]
+    Any,
 }
 
 /// The trained bridge.
@@ -175,10 +222,12 @@ pub struct QformerSection {
 pub enum BertSection {
     /// The pretrained MiniLM of mini: 6 layers, width 384.
     Mini {},
-    /// A folder with `config.json`, `model.safetensors` and `vocab.txt` of any BERT.
+    /// A folder with `config.json`, `model.safetensors` and `vocab.txt` of a BERT.
     Directory {
         /// The folder.
         path: PathBuf,
+        /// What it must be.
+        shape: BertShape,
     },
     /// Random weights of this shape and a vocabulary made of the training captions, for tests.
     Random {
@@ -206,6 +255,8 @@ pub enum LlmSection {
     Directory {
         /// The folder.
         path: PathBuf,
+        /// What it must be.
+        shape: LlmShape,
         /// How its matrices are held: `f32`, `f16`, `q8_0`, `q4_k`.
         weights: String,
     },
@@ -267,7 +318,6 @@ pub struct Stage2Section {
     pub questions: f64,
     /// Whether an encoder–decoder is also given the beginning of a caption, up to a place drawn from its first half, and
     /// writes the rest (paper §3.3). A language model that only decodes knows no such thing.
-    #[serde(default)]
     pub prefix_lm: bool,
     /// How long and in what portions.
     pub train: TrainSection,

@@ -60,6 +60,13 @@ struct Config {
     image_token_index: Option<u32>,
 }
 
+impl Config {
+    fn text_ids(&self) -> serde_json::Result<TextIds> {
+        let text = &self.text_config;
+        if text.is_null() { Ok(TextIds::default()) } else { TextIds::deserialize(text) }
+    }
+}
+
 fn thirty_two() -> usize {
     32
 }
@@ -244,12 +251,24 @@ impl Checkpoint {
         if !vision.qkv_bias {
             return wrong("vision_config.qkv_bias is false; only true is known".into());
         }
+        let text = &config.text_config;
+        if !(text.is_object() || text.is_null()) {
+            return wrong(format!("text_config is {text}, not a configuration"));
+        }
+        if let Err(err) = config.text_ids() {
+            return wrong(format!("text_config: {err}"));
+        }
         let (pixels, path) = Preprocessor::read(folder)?;
         pixels.check(vision.image_size).map_err(|e| Error::file(path, e.to_string()))?;
         let path = folder.join("generation_config.json");
         let generation = if path.is_file() { read(&path)? } else { GenerationConfig::default() };
         let tensors = shards::open(folder)?;
-        Ok(Self { folder: folder.to_path_buf(), kind, config, pixels, generation, tensors })
+        let made = Self { folder: folder.to_path_buf(), kind, config, pixels, generation, tensors };
+        // Before any of these numbers is multiplied.
+        made.vision_config()
+            .check()
+            .map_err(|err| Error::file(folder.join(CONFIG), err.to_string()))?;
+        Ok(made)
     }
 
     /// What it can do.
@@ -354,7 +373,8 @@ impl Checkpoint {
     }
 
     fn ids(&self) -> TextIds {
-        TextIds::deserialize(&self.config.text_config).unwrap_or_default()
+        // Opening has refused what can't be read.
+        self.config.text_ids().unwrap_or_default()
     }
 
     /// Ids that end a text: those of `generation_config.json`, else of the language model's configuration.
@@ -503,6 +523,13 @@ impl Preprocessor {
         }
         if (self.rescale_factor - 1.0 / 255.0).abs() > 1e-9 {
             return refuse(format!("rescale_factor is {}, expected 1/255", self.rescale_factor));
+        }
+        for (name, values) in [("image_mean", self.image_mean), ("image_std", self.image_std)] {
+            if values.iter().any(|x| !x.is_finite() || (name == "image_std" && *x <= 0.0)) {
+                return refuse(format!(
+                    "{name} is {values:?}, which pixels can't be normalised with"
+                ));
+            }
         }
         if side("height") != Some(image_size as u64) || side("width") != Some(image_size as u64) {
             return refuse(format!(

@@ -255,7 +255,7 @@ fn in_block<'a>(name: &'a str, blocks: &str) -> (Option<usize>, &'a str) {
 
 fn depth(tensors: &Tensors, blocks: &str, published: Option<usize>) -> usize {
     let numbers = tensors.keys().filter_map(|name| in_block(name, blocks).0);
-    let found = numbers.max().map_or(0, |last| last + 1);
+    let found = numbers.max().map_or(0, |last| last.saturating_add(1));
     published.map_or(found, |published| published.min(found))
 }
 

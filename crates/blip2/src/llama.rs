@@ -126,7 +126,7 @@ impl Llama {
         let (q_width, kv_width) =
             (config.num_heads * config.head_width, config.num_kv_heads * config.head_width);
         let embeddings = weights.matrix("token_embd.weight", vocab_size, width)?;
-        let mut blocks = Vec::with_capacity(config.depth);
+        let mut blocks = Vec::new();
         for i in 0..config.depth {
             let name = |part: &str| format!("blk.{i}.{part}.weight");
             blocks.push(Block {

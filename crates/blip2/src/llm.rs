@@ -274,22 +274,28 @@ pub fn tokenizer_of(folder: &Path, config: &serde_json::Value) -> Result<Tokeniz
 
 fn special_ids(config: &serde_json::Value) -> Result<SpecialIds> {
     // Models may end with any of several tokens; the first is what training puts there.
-    let id = |name: &str| {
+    let id = |name: &str| -> Result<Option<u32>> {
         let value = &config[name];
-        value.as_u64().or_else(|| value.get(0)?.as_u64()).map(|id| id as u32)
+        let id = value.get(0).unwrap_or(value);
+        if id.is_null() {
+            return Ok(None);
+        }
+        let number = id.as_u64().and_then(|id| u32::try_from(id).ok());
+        let wrong = || Error::Config(format!("config.json: {name} is {id}, which is no token id"));
+        number.map(Some).ok_or_else(wrong)
     };
     let (bos, eos, pad) = match config["model_type"].as_str() {
         Some("opt") => (Some(2), Some(2), Some(1)),
         Some("t5") => (None, Some(1), Some(0)),
         _ => (None, None, None),
     };
-    let eos = id("eos_token_id").or(eos);
+    let eos = id("eos_token_id")?.or(eos);
     let eos = eos.ok_or_else(|| Error::Config("config.json names no eos_token_id".into()))?;
     let is_t5 = config["model_type"] == "t5";
     Ok(SpecialIds {
-        bos: if is_t5 { None } else { id("bos_token_id").or(bos) },
+        bos: if is_t5 { None } else { id("bos_token_id")?.or(bos) },
         eos,
-        pad: id("pad_token_id").or(pad).unwrap_or(eos),
+        pad: id("pad_token_id")?.or(pad).unwrap_or(eos),
     })
 }
 

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
 
 use blip2_ops::{Dropout, WeightFormat};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
@@ -21,7 +21,7 @@ use crate::llm::{Llm, LlmDecoder};
 use crate::nn;
 use crate::params::{self, Params};
 use crate::shards;
-use crate::stage1::{self, Stage1, Stage1Config};
+use crate::stage1::{self, ItgDecoder, Stage1, Stage1Config};
 use crate::stage2::{Stage2, Stage2Config};
 use crate::stored::Stored;
 use crate::tokenizer::{Padding, Side, TextBatch, Tokenizer, Width};
@@ -258,11 +258,12 @@ impl Model {
             PartFile::Path(path) => path.clone(),
             PartFile::Checkpoint => self.files.describe(""),
         };
+        part.config.check().map_err(|err| Error::file(&origin, err.to_string()))?;
         let mut tensors = self.vision_tensors(progress)?;
         if let Some(positions) = tensors.get_mut("pos_embed") {
-            let side = part.config.image_size / part.config.patch_size.max(1);
+            let side = part.config.image_size / part.config.patch_size;
             let corners = part.config.corners();
-            *positions = nn::fit_positions(&positions.load()?, side, corners)
+            *positions = nn::fit_positions(&positions.load()?.to_dtype(DType::F32)?, side, corners)
                 .map_err(|err| Error::file(&origin, err.to_string()))?
                 .into();
         }
@@ -307,6 +308,13 @@ impl Model {
         let vision = self.vision(format.unwrap_or(WeightFormat::F32), &mut *progress)?;
         let (llm, tokenizer) = self.llm(format, progress)?;
         let bridge = self.build(&part.weights, format, |p| Stage2::new(p, &part.config))?;
+        self.check_joint(
+            &part.weights,
+            "image encoder",
+            vision.config().width,
+            part.config.qformer.encoder_width,
+        )?;
+        self.check_joint(&part.weights, "language model", llm.width(), part.config.llm_width)?;
         let (end_ids, image_token) = match &self.files {
             Files::HuggingFace(checkpoint) => (checkpoint.end_ids(), checkpoint.image_token()),
             _ => (vec![tokenizer.special().eos], None),
@@ -326,6 +334,12 @@ impl Model {
             .ok_or_else(|| self.lacks("stage-1 part (match, embed)"))?;
         let vision = self.vision(format.unwrap_or(WeightFormat::F32), progress)?;
         let bridge = self.build(&part.weights, format, |p| Stage1::new(p, &part.config))?;
+        self.check_joint(
+            &part.weights,
+            "image encoder",
+            vision.config().width,
+            part.config.qformer.encoder_width,
+        )?;
         let tokenizer = match &self.files {
             Files::HuggingFace(checkpoint) => checkpoint.matching_tokenizer()?,
             files => Tokenizer::from_wordpiece_vocab(&files.read(&part.vocab)?)?,
@@ -417,6 +431,15 @@ impl Model {
         let origin = self.files.describe(weights);
         let format = format.unwrap_or(WeightFormat::F32);
         Params::build(self.weights(weights)?, format, &origin.to_string_lossy(), make)
+    }
+
+    /// Refuses a bridge between parts of other widths.
+    fn check_joint(&self, weights: &str, part: &str, width: usize, bridge: usize) -> Result<()> {
+        if width == bridge {
+            return Ok(());
+        }
+        let reason = format!("the {part} has the width {width}, its side of the bridge {bridge}");
+        Err(Error::file(self.files.describe(weights), reason))
     }
 
     fn lacks(&self, what: &str) -> Error {
@@ -649,6 +672,61 @@ impl Matcher {
     pub fn embed_texts(&self, texts: &[&str]) -> Result<Tensor> {
         let batch = self.tokenize(texts)?;
         self.bridge.text(&batch.ids, &batch.mask_tensor()?, &Dropout::off())
+    }
+
+    /// The queries' output before its projection: pictures → (b, queries, w).
+    ///
+    /// # Errors
+    /// Only if a tensor operation fails.
+    pub fn image_features(&self, pictures: &[Rgb]) -> Result<Tensor> {
+        Ok(self.bridge.image(&self.vision.encode(pictures)?, &Dropout::off())?.queries)
+    }
+
+    /// One text → hidden states (t, w), `[CLS]` first.
+    ///
+    /// # Errors
+    /// If the text is too long for the tokenizer.
+    pub fn text_features(&self, text: &str) -> Result<Tensor> {
+        let batch = self.tokenize(&[text])?;
+        let tokens = batch.mask_tensor()?;
+        Ok(self.bridge.qformer().text(&batch.ids, &tokens, &Dropout::off())?.squeeze(0)?)
+    }
+
+    /// What the queries see of each picture and of `text` together: (b, queries, w).
+    ///
+    /// # Errors
+    /// If the text is too long for the tokenizer.
+    pub fn multimodal_features(&self, pictures: &[Rgb], text: &str) -> Result<Tensor> {
+        let off = Dropout::off();
+        let image = self.bridge.image(&self.vision.encode(pictures)?, &off)?;
+        let batch = self.tokenize(&vec![text; pictures.len()])?;
+        self.bridge.qformer().pair(&image.picture, &batch.ids, &batch.mask_tensor()?, &off)
+    }
+
+    /// For each picture the best captions that the first stage writes by itself (ITG).
+    ///
+    /// # Errors
+    /// If the checkpoint brought no language-model head, or an option is out of range.
+    pub fn caption(
+        &self,
+        pictures: &[Rgb],
+        options: &generate::Options,
+    ) -> Result<Vec<Vec<Hypothesis>>> {
+        let image = self.bridge.image(&self.vision.encode(pictures)?, &Dropout::off())?;
+        let mut options = options.clone();
+        if options.eos.is_empty() {
+            options.eos = vec![self.tokenizer.special().eos];
+        }
+        let mut decoder = ItgDecoder::new(&self.bridge, image)?;
+        generate::generate(&mut decoder, pictures.len(), &options)
+    }
+
+    /// The text of a hypothesis, without special tokens.
+    ///
+    /// # Errors
+    /// If an id is no token.
+    pub fn text(&self, hypothesis: &Hypothesis) -> Result<String> {
+        Ok(self.tokenizer.decode(&hypothesis.tokens, true)?.trim().to_owned())
     }
 
     /// Texts as the bridge reads them: `[CLS]` … `[SEP]`, cut at the longest it was trained on.

@@ -16,11 +16,13 @@ use candle_core::quantized::gguf_file;
 use candle_core::{DType, Device, Tensor, Var};
 
 use crate::nn::{LayerNorm, Linear};
-use crate::stored::Stored;
+use crate::stored::{self, Stored};
 use crate::{Error, Result};
 
 /// How many problems an error message lists before it only counts them.
 const LISTED: usize = 12;
+/// With so many problems nothing fits, and looking for more would take as long as a configuration of a billion layers says.
+const MOST_PROBLEMS: usize = 1000;
 
 /// The trained tensors of a model, by name, in the order of their names.
 ///
@@ -124,6 +126,41 @@ struct Source {
     problems: Mutex<Vec<String>>,
 }
 
+impl Source {
+    /// Every problem found, or the first of them and how many more there are.
+    fn refused(&self, problems: &[String]) -> Error {
+        let more = problems.len().saturating_sub(LISTED);
+        let mut list = problems[..problems.len() - more].join("; ");
+        if more > 0 {
+            list += &format!("; and {more} more");
+        }
+        Error::Weights(format!("{}: {list}", self.origin))
+    }
+
+    /// An error of a constructor, which knows no file, with the name of what it was built from.
+    fn named(&self, err: Error) -> Error {
+        match err {
+            Error::Config(_) | Error::Tensor(_) => Error::Config(format!("{}: {err}", self.origin)),
+            other => other,
+        }
+    }
+
+    /// An error of the tensor library, with the tensor's name.
+    fn named_tensor(&self, path: &str, err: Error) -> Error {
+        match err {
+            Error::Tensor(err) => Error::Weights(format!("{}: {path}: {err}", self.origin)),
+            other => other,
+        }
+    }
+
+    /// Notes a problem.
+    fn note(&self, problem: String) -> Result<()> {
+        let mut problems = lock(&self.problems);
+        problems.push(problem);
+        if problems.len() < MOST_PROBLEMS { Ok(()) } else { Err(self.refused(&problems)) }
+    }
+}
+
 /// A place in the tree of names: `params.pp("layers").pp(3)` stands for `layers.3`.
 #[derive(Debug, Clone)]
 pub struct Params {
@@ -159,7 +196,7 @@ impl Params {
     }
 
     fn build_with<T>(self, make: impl FnOnce(&Params) -> Result<T>) -> Result<T> {
-        let model = make(&self)?;
+        let model = make(&self).map_err(|err| self.source.named(err))?;
         let taken = lock(&self.source.taken);
         let mut problems = std::mem::take(&mut *lock(&self.source.problems));
         problems.extend(
@@ -172,12 +209,7 @@ impl Params {
         if problems.is_empty() {
             return Ok(model);
         }
-        let more = problems.len().saturating_sub(LISTED);
-        let mut list = problems.into_iter().take(LISTED).collect::<Vec<_>>().join("; ");
-        if more > 0 {
-            list += &format!("; and {more} more");
-        }
-        Err(Error::Weights(format!("{}: {list}", self.source.origin)))
+        Err(self.source.refused(&problems))
     }
 
     /// The child called `name`.
@@ -198,10 +230,10 @@ impl Params {
     }
 
     /// The tensor called `name`, in f32. A missing or wrong one is noted for [`Params::build`]'s error and
-    /// replaced by zeros, so that one run lists every problem.
+    /// replaced by one without elements, so that one run lists every problem. (The wanted shape may be larger than memory.)
     ///
     /// # Errors
-    /// Only if a tensor operation fails.
+    /// If it can't be read, or there are too many problems already.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let path = self.path(name);
         let problem = match self.source.tensors.get(&path) {
@@ -215,7 +247,9 @@ impl Params {
                     // Converting would cut the tie to the variable; the store already holds f32.
                     return stored.load();
                 } else {
-                    let tensor = stored.load()?.to_dtype(DType::F32)?.contiguous()?;
+                    let load = || Ok(stored.load()?.to_dtype(DType::F32)?.contiguous()?);
+                    let tensor =
+                        load().map_err(|err: Error| self.source.named_tensor(&path, err))?;
                     if is_finite(&tensor)? {
                         return Ok(tensor);
                     }
@@ -223,8 +257,8 @@ impl Params {
                 }
             }
         };
-        lock(&self.source.problems).push(problem);
-        Ok(Tensor::zeros(shape, DType::F32, &Device::Cpu)?)
+        self.source.note(problem)?;
+        Ok(Tensor::zeros(vec![0; shape.len()], DType::F32, &Device::Cpu)?)
     }
 
     /// A linear map `weight` (out, in), with `bias` (out) if asked for.
@@ -259,11 +293,14 @@ impl Params {
         self.source.tensors.get(&self.path(name)).map(Stored::dims)
     }
 
-    /// A layer normalisation over `width`.
+    /// A layer normalisation over `width`; an `eps` that would make it give no numbers is a problem, too.
     ///
     /// # Errors
-    /// Only if a tensor operation fails.
+    /// As [`Self::tensor`].
     pub fn layer_norm(&self, width: usize, eps: f64) -> Result<LayerNorm> {
+        if !(0.0..1.0).contains(&eps) {
+            self.source.note(format!("{} has the epsilon {eps}, not one in 0..1", self.prefix))?;
+        }
         Ok(LayerNorm::new(self.tensor("weight", &[width])?, self.tensor("bias", &[width])?, eps))
     }
 
@@ -289,8 +326,11 @@ pub fn read_weights(bytes: &[u8], path: &Path) -> Result<BTreeMap<String, Tensor
         return read_gguf(bytes)
             .map_err(|err| Error::file(path, format!("not a readable GGUF file: {err}")));
     }
+    let unreadable =
+        |reason: String| Error::file(path, format!("not a readable safetensors file: {reason}"));
+    stored::check_header(bytes).map_err(unreadable)?;
     let tensors = candle_core::safetensors::load_buffer(bytes, &Device::Cpu)
-        .map_err(|err| Error::file(path, format!("not a readable safetensors file: {err}")))?;
+        .map_err(|err| unreadable(err.to_string()))?;
     Ok(tensors.into_iter().collect())
 }
 

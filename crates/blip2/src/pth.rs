@@ -14,7 +14,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 
 use crate::pickle::{Id, Node, Pickle};
-use crate::stored::{Extent, Mapped, Stored};
+use crate::stored::{Extent, Mapped, Stored, is_countable};
 use crate::{Error, Result};
 
 /// Globals that a file of weights may name.
@@ -30,6 +30,9 @@ const ALLOWED: [&str; 6] = [
 const MAGIC: [u8; 10] = [0x6c, 0xfc, 0x9c, 0x46, 0xf9, 0x20, 0x6a, 0xa8, 0x50, 0x19];
 /// Under which names a training checkpoint keeps its weights.
 const WEIGHTS: [&str; 2] = ["model", "state_dict"];
+
+/// Most dimensions of a tensor; a convolution's kernel has four.
+const MOST_DIMS: usize = 8;
 
 /// Where the elements of a storage lie.
 #[derive(Debug, Clone, Copy)]
@@ -194,9 +197,10 @@ fn tensors(
         entries(*value)
     });
     let mut found = BTreeMap::new();
+    let mut gathered = 0;
     for (key, value) in inner.unwrap_or(root) {
         let name = pickle.str(*key).ok_or("a tensor without a name")?;
-        let tensor = tensor(pickle, *value, name, file, storages)
+        let tensor = tensor(pickle, *value, name, file, storages, &mut gathered)
             .map_err(|why| format!("tensor {name}: {why}"))?;
         found.insert(name.to_owned(), tensor);
     }
@@ -209,6 +213,7 @@ fn tensor(
     name: &str,
     file: &Arc<Mapped>,
     storages: &HashMap<String, Storage>,
+    gathered: &mut usize,
 ) -> Reason<Stored> {
     let (callable, args) = pickle.call(id).ok_or("is no tensor")?;
     let args = match (callable, args) {
@@ -226,7 +231,8 @@ fn tensor(
     let (dtype, bytes_each) = element(class).ok_or("has a storage of an unknown kind")?;
     let storage = storages.get(key).ok_or_else(|| format!("storage {key} is missing"))?;
     let numbers = |id| -> Option<Vec<usize>> {
-        let numbers = pickle.tuple(id)?.iter();
+        // One tuple of a million numbers could be the shape of a million tensors.
+        let numbers = pickle.tuple(id).filter(|tuple| tuple.len() <= MOST_DIMS)?.iter();
         numbers.map(|number| usize::try_from(pickle.int(*number)?).ok()).collect()
     };
     let shape = numbers(*size).ok_or("has no shape")?;
@@ -238,9 +244,11 @@ fn tensor(
     let last = shape.iter().zip(&stride).try_fold(offset, |last, (n, stride)| {
         last.checked_add(n.saturating_sub(1).checked_mul(*stride)?)
     });
-    // A tensor that repeats elements could be larger than memory; weights never do.
-    let inside = count.is_some_and(|count| count == 0 || count <= available)
-        && last.is_some_and(|last| last < available || count == Some(0));
+    // A tensor that repeats elements could be larger than memory; weights never do. One without elements lies somewhere, too.
+    let inside = count.is_some_and(|count| count <= available)
+        && last.is_some_and(|last| last < available || count == Some(0))
+        && offset <= available
+        && is_countable(shape.iter().map(|n| *n as u64));
     if !inside {
         return Err(format!(
             "shape {shape:?}, strides {stride:?} from element {offset} reach out of the {available} elements of storage {key}"
@@ -254,6 +262,11 @@ fn tensor(
         return Ok(extent(count * bytes_each).into());
     }
     let dtype = dtype.map_err(|kind| format!("is {kind} and not row-major"))?;
+    // Weights are in a file once, tied ones twice: a small file may not ask for its elements a million times.
+    *gathered += count * bytes_each;
+    if *gathered > 2 * file.bytes.len() {
+        return Err("the tensors that are not row-major have more elements than the file".into());
+    }
     let bytes = gather(&file.bytes[start..], &shape, &stride, bytes_each);
     let tensor = Tensor::from_raw_buffer(&bytes, dtype, &shape, &Device::Cpu);
     Ok(tensor.map_err(|err| err.to_string())?.into())

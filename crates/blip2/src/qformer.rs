@@ -16,7 +16,7 @@ use blip2_ops::Dropout;
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::nn::{Activation, Attention, KvCache, LayerNorm, Linear, Mlp, mask};
+use crate::nn::{Activation, Attention, KvCache, LayerNorm, Linear, Mlp, check_sizes, mask};
 use crate::params::Params;
 use crate::{Error, Result};
 
@@ -65,6 +65,20 @@ impl QFormerConfig {
             layer_norm_eps: 1e-12,
             dropout: 0.1,
         }
+    }
+
+    fn check(&self) -> Result<()> {
+        let sizes = [
+            ("width", self.width),
+            ("depth", self.depth),
+            ("num_heads", self.num_heads),
+            ("mlp_width", self.mlp_width),
+            ("encoder_width", self.encoder_width),
+            ("num_queries", self.num_queries),
+            ("vocab_size", self.vocab_size),
+            ("max_positions", self.max_positions),
+        ];
+        check_sizes("Q-Former", &sizes)
     }
 
     /// Whether layer `index` attends to the picture.
@@ -248,8 +262,10 @@ impl QFormer {
     /// feed-forward networks and the language-model head are neither wanted nor allowed.
     ///
     /// # Errors
-    /// If the heads don't divide the width; weights that don't fit are reported by [`Params::build`].
+    /// If a size is out of range or the heads don't divide the width; weights that don't fit are reported by
+    /// [`Params::build`].
     pub fn new(params: &Params, config: &QFormerConfig, text: TextBranch) -> Result<Self> {
+        config.check()?;
         let with_text = text != TextBranch::Absent;
         let query_tokens = params.tensor("query_tokens", &[1, config.num_queries, config.width])?;
         let params = params.pp("qformer");

@@ -5,9 +5,10 @@
 //! Shapes: b batch, p picture tokens, q queries, t text tokens, e common space.
 
 use blip2_ops::{Dropout, l2_normalize};
-use candle_core::{D, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
+use crate::generate::StepModel;
 use crate::nn::{KvCache, LayerNorm, Linear};
 use crate::params::Params;
 use crate::qformer::{Picture, QFormer, QFormerConfig, TextBranch};
@@ -148,6 +149,53 @@ impl Stage1 {
         dropout: &Dropout,
     ) -> Result<Tensor> {
         self.qformer.continue_text(ids, tokens, &mut caches.to_vec(), dropout)
+    }
+}
+
+/// Captions by the first stage alone (ITG): its own head goes on from `[DEC]`, behind the cached queries.
+pub struct ItgDecoder<'a> {
+    model: &'a Stage1,
+    caches: Vec<KvCache>,
+    rows: usize,
+    start: [u32; 1],
+}
+
+impl<'a> ItgDecoder<'a> {
+    /// Goes on from `image`, of any number of pictures.
+    ///
+    /// # Errors
+    /// If the model's checkpoint brought no language-model head.
+    pub fn new(model: &'a Stage1, image: ImageFeatures) -> Result<Self> {
+        if model.config.matching_only {
+            return Err(Error::Config(
+                "this stage-1 model has no language-model head: its checkpoint only matches".into(),
+            ));
+        }
+        let (rows, start) = (image.queries.dim(0)?, [model.config.qformer.vocab_size as u32 - 1]);
+        Ok(Self { model, caches: image.caches, rows, start })
+    }
+}
+
+impl StepModel for ItgDecoder<'_> {
+    fn start(&mut self) -> Result<Tensor> {
+        self.step(&vec![self.start[0]; self.rows])
+    }
+
+    fn step(&mut self, ids: &[u32]) -> Result<Tensor> {
+        let ids = Tensor::from_slice(ids, (ids.len(), 1), &Device::Cpu)?;
+        let tokens = Tensor::ones(ids.shape(), DType::U8, &Device::Cpu)?;
+        let qformer = &self.model.qformer;
+        let hidden = qformer.continue_text(&ids, &tokens, &mut self.caches, &Dropout::off())?;
+        qformer.lm_logits(&hidden.squeeze(1)?)
+    }
+
+    fn reorder(&mut self, rows: &[usize]) -> Result<()> {
+        let rows: Vec<u32> = rows.iter().map(|row| *row as u32).collect();
+        self.caches.iter_mut().try_for_each(|cache| cache.reorder(&rows))
+    }
+
+    fn prompt_ids(&self, _: usize) -> &[u32] {
+        &self.start
     }
 }
 

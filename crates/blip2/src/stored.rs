@@ -107,6 +107,13 @@ impl Stored {
         Self { shape: Some(shape.to_vec()), ..self.clone() }
     }
 
+    fn wrong(&self, reason: &str) -> Error {
+        match &self.place {
+            Place::Memory(_) => Error::Weights(reason.into()),
+            Place::File(extent) => extent.wrong(reason),
+        }
+    }
+
     /// Reads it, in the type it is stored in.
     ///
     /// # Errors
@@ -119,10 +126,13 @@ impl Stored {
             },
             Place::File(extent) => extent.read(self.rows)?,
         };
-        Ok(match &self.shape {
-            Some(shape) => tensor.reshape(shape.as_slice())?,
-            None => tensor,
-        })
+        let Some(shape) = &self.shape else { return Ok(tensor) };
+        let wanted = shape.iter().try_fold(1usize, |count, n| count.checked_mul(*n));
+        if wanted != Some(tensor.elem_count()) {
+            let reason = format!("its shape {:?} is not one of {shape:?}", tensor.dims());
+            return Err(self.wrong(&reason));
+        }
+        Ok(tensor.reshape(shape.as_slice())?)
     }
 }
 
@@ -153,14 +163,15 @@ impl Mapped {
 }
 
 impl Extent {
+    fn wrong(&self, reason: &str) -> Error {
+        Error::file(&self.file.path, format!("tensor {}: {reason}", self.name))
+    }
+
     fn read(&self, rows: Option<(usize, usize)>) -> Result<Tensor> {
-        let bad = |reason: String| {
-            Error::file(&self.file.path, format!("tensor {}: {reason}", self.name))
-        };
         let dtype = match &self.dtype {
             Ok(dtype) => *dtype,
             Err(other) => {
-                return Err(bad(format!("is {other}; only F32, F16 and BF16 are weights")));
+                return Err(self.wrong(&format!("is {other}; only F32, F16 and BF16 are weights")));
             }
         };
         let bytes = &self.file.bytes[self.start..self.start + self.len];
@@ -170,12 +181,15 @@ impl Extent {
             return Ok(tensor);
         };
         let all = self.shape.first().copied().unwrap_or(0);
-        if first + count > all {
-            return Err(bad(format!("has {all} rows, not {}", first + count)));
+        let wanted = first.saturating_add(count);
+        if wanted > all {
+            return Err(self.wrong(&format!("has {all} rows, not {wanted}")));
         }
         let row = bytes.len().checked_div(all).unwrap_or(0);
         let mut shape = self.shape.clone();
-        shape[0] = count;
+        if let Some(rows) = shape.first_mut() {
+            *rows = count;
+        }
         let bytes = &bytes[first * row..(first + count) * row];
         let tensor = Tensor::from_raw_buffer(bytes, dtype, &shape, &Device::Cpu)?;
         self.file.forget(self.start + first * row, bytes.len());
@@ -189,8 +203,11 @@ impl Extent {
 /// If the file can't be read or its header is broken.
 pub fn open_file(path: &Path) -> Result<BTreeMap<String, Stored>> {
     let file = Mapped::open(path)?;
-    let (header, metadata) = SafeTensors::read_metadata(&file.bytes)
-        .map_err(|err| Error::file(path, format!("not a readable safetensors file: {err}")))?;
+    let unreadable =
+        |reason: String| Error::file(path, format!("not a readable safetensors file: {reason}"));
+    check_header(&file.bytes).map_err(unreadable)?;
+    let (header, metadata) =
+        SafeTensors::read_metadata(&file.bytes).map_err(|err| unreadable(err.to_string()))?;
     // The header was checked: the bytes are there, as many as the shapes say.
     let extent = |name: String, info: &safetensors::tensor::TensorInfo| Extent {
         file: file.clone(),
@@ -210,6 +227,45 @@ pub fn open_file(path: &Path) -> Result<BTreeMap<String, Stored>> {
         .into_iter()
         .map(|(name, info)| (name.clone(), extent(name, info).into()))
         .collect())
+}
+
+/// Refuses what the readers of safetensors would add and multiply until it overflows: offsets behind the file, and shapes
+/// that are too large even without their zeros.
+pub(crate) fn check_header(bytes: &[u8]) -> std::result::Result<(), String> {
+    #[derive(serde::Deserialize)]
+    struct Entry {
+        shape: Option<Vec<u64>>,
+        data_offsets: Option<(u64, u64)>,
+    }
+    let Some((len, rest)) = bytes.split_first_chunk::<8>() else {
+        return Err("it is shorter than the length of a header".into());
+    };
+    let len = u64::from_le_bytes(*len);
+    let header = usize::try_from(len).ok().and_then(|len| rest.get(..len));
+    let header = header.ok_or_else(|| {
+        format!("a header of {len} bytes in a file of {} bytes behind its length", rest.len())
+    })?;
+    let entries: BTreeMap<String, Entry> =
+        serde_json::from_slice(header).map_err(|err| format!("its header: {err}"))?;
+    let left = (rest.len() - header.len()) as u64;
+    for (name, Entry { shape, data_offsets }) in entries {
+        if let Some((start, end)) = data_offsets
+            && (start > end || end > left)
+        {
+            return Err(format!(
+                "tensor {name} is at {start}..{end} of the {left} bytes that there are"
+            ));
+        }
+        if !is_countable(shape.iter().flatten().copied()) {
+            return Err(format!("tensor {name} has a shape too large to count"));
+        }
+    }
+    Ok(())
+}
+
+/// Whether the product of `dims` fits a number, zeros counted as ones: strides are made of the dimensions behind a zero, too.
+pub(crate) fn is_countable(dims: impl IntoIterator<Item = u64>) -> bool {
+    dims.into_iter().try_fold(1u64, |count, n| count.checked_mul(n.max(1))).is_some()
 }
 
 #[cfg(test)]

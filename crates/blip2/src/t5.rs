@@ -90,6 +90,12 @@ impl T5Config {
             ("relative_attention_num_buckets", self.relative_attention_num_buckets),
         ];
         check_sizes("T5", &sizes)?;
+        if !(0.0..1.0).contains(&self.layer_norm_epsilon) {
+            return Err(Error::Config(format!(
+                "T5 configuration: layer_norm_epsilon {} is not in 0..1",
+                self.layer_norm_epsilon
+            )));
+        }
         let (buckets, distance) =
             (self.relative_attention_num_buckets, self.relative_attention_max_distance);
         if !buckets.is_multiple_of(4) || distance <= buckets / 2 {

@@ -17,9 +17,13 @@ use blip2_ops::Dropout;
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
-use crate::nn::{Activation, Attention, Corners, LayerNorm, Linear, Mlp};
+use crate::nn::{Activation, Attention, Corners, LayerNorm, Linear, Mlp, check_sizes};
 use crate::params::Params;
 use crate::{Error, Result};
+
+/// Longest side of a picture, and most patches along it: ten times those of any published encoder.
+const MOST_PIXELS: usize = 8192;
+const MOST_PATCHES: usize = 256;
 
 /// The shape of an image encoder.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -108,8 +112,29 @@ impl VitConfig {
         if self.pre_norm { Corners::Centres } else { Corners::Edges }
     }
 
-    fn check(&self) -> Result<()> {
-        if self.patch_size == 0 || !self.image_size.is_multiple_of(self.patch_size) {
+    /// Refuses what makes no sense, and sizes whose products would overflow or fill the memory: the positions of any picture
+    /// are fitted to this one, so the weights say nothing about it.
+    ///
+    /// # Errors
+    /// For the first field out of range, with its number.
+    pub fn check(&self) -> Result<()> {
+        let sizes = [
+            ("image_size", self.image_size),
+            ("patch_size", self.patch_size),
+            ("width", self.width),
+            ("depth", self.depth),
+            ("num_heads", self.num_heads),
+            ("mlp_width", self.mlp_width),
+        ];
+        check_sizes("image encoder", &sizes)?;
+        let side = self.image_size / self.patch_size;
+        if self.image_size > MOST_PIXELS || side > MOST_PATCHES {
+            return Err(Error::Config(format!(
+                "image_size {} with patch_size {}: at most {MOST_PIXELS} pixels and {MOST_PATCHES} patches a side",
+                self.image_size, self.patch_size
+            )));
+        }
+        if !self.image_size.is_multiple_of(self.patch_size) {
             return Err(Error::Config(format!(
                 "patch_size {} does not divide image_size {}",
                 self.patch_size, self.image_size

@@ -17,8 +17,15 @@ use blip2_ops::{Dropout, WeightFormat};
 use candle_core::{DType, Tensor};
 use serde_json::{Value, json};
 
-const CASES: [&str; 6] =
-    ["opt_f32", "opt_f16_sharded", "opt_bf16_untied", "t5_bf16", "t5_f16_tied", "t5_f32_tanh"];
+const CASES: [&str; 7] = [
+    "opt_f32",
+    "opt_f16_sharded",
+    "opt_bf16_untied",
+    "llama_f16",
+    "t5_bf16",
+    "t5_f16_tied",
+    "t5_f16_tanh",
+];
 
 fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden").join(name)
