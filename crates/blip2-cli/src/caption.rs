@@ -35,7 +35,8 @@ fn stage(global: &Global, args: &CaptionArgs) -> anyhow::Result<u8> {
         return Ok(stage);
     }
     let manifest = model::open(&global.model)?.manifest;
-    let only_first = manifest.stage2.is_none() && manifest.stage1.is_some_and(|s| !s.config.matching_only);
+    let only_first =
+        manifest.stage2.is_none() && manifest.stage1.is_some_and(|s| !s.config.matching_only);
     if only_first {
         say("this model has no second stage: the first one writes the captions");
     }

@@ -12,7 +12,8 @@ use crate::{Outcome, model, texts};
 
 pub(crate) fn run(global: &Global, args: &EmbedArgs) -> anyhow::Result<Outcome> {
     let found = Found::new(&args.image);
-    if args.features == FeaturesName::Multimodal && (args.text.is_empty() || args.image.is_empty()) {
+    if args.features == FeaturesName::Multimodal && (args.text.is_empty() || args.image.is_empty())
+    {
         anyhow::bail!("--features multimodal wants --image and --text");
     }
     if args.text.is_empty() && found.is_hopeless() {
@@ -55,7 +56,8 @@ fn text_row(
 ) -> anyhow::Result<Row> {
     if features == FeaturesName::Hidden {
         let tokens = matcher.text_features(text)?.to_vec2::<f32>()?;
-        let lines = tokens.iter().enumerate().map(|(i, t)| format!("{typed} token {i}: {}", numbers(t)));
+        let lines =
+            tokens.iter().enumerate().map(|(i, t)| format!("{typed} token {i}: {}", numbers(t)));
         let text = lines.collect::<Vec<_>>().join("\n");
         return Ok(Row { json: json!({"text": typed, "embedding": tokens}), text });
     }

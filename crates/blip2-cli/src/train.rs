@@ -70,8 +70,15 @@ fn dry_run(global: &Global, file: &RecipeFile) -> anyhow::Result<Outcome> {
         let [vision, bridge, llm] = budget.flops.map(|flops| flops / 1e12);
         let all = budget.frozen_bytes + budget.trained_bytes + budget.activation_bytes;
         let text = [
-            format!("{}, stage {}: {length} of {} pictures", recipe.name, budget.stage, budget.pictures),
-            format!("  trained         {}", millions(budget.trained)),
+            format!(
+                "{}, stage {}: {length} of {} pictures",
+                recipe.name, budget.stage, budget.pictures
+            ),
+            format!(
+                "  trained         {}, ln_vision {} of them",
+                millions(budget.trained),
+                budget.ln_vision
+            ),
             format!("  image encoder   {}", millions(budget.vision)),
             format!("  language model  {}", millions(budget.llm)),
             format!(

@@ -437,12 +437,21 @@ fn changes_its_layout(world: &World) {
     let ran = |line: &str| world.run(&format!("{line} --format jsonl")).exits(0).rows();
     let caption = |model: &str| {
         let prompt = "--prompt picture --max-new-tokens 4";
-        ran(&format!("caption nested/a {prompt} --model {model}"))[0]["captions"][0]["tokens"].clone()
+        ran(&format!("caption nested/a {prompt} --model {model}"))[0]["captions"][0]["tokens"]
+            .clone()
     };
-    let score = |model: &str| ran(&format!("match nested/a/one.png --text circle --model {model}"))[0]["itm"].clone();
+    let score = |model: &str| {
+        ran(&format!("match nested/a/one.png --text circle --model {model}"))[0]["itm"].clone()
+    };
     ran("convert run/model layouts/hf");
     let names = world.names("layouts/hf");
-    for name in ["config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"] {
+    for name in [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "tokenizer.json",
+    ] {
         assert!(names.iter().any(|n| n == name), "{name} is not among {names:?}");
     }
     assert_eq!(caption("layouts/hf"), caption("run/model"));

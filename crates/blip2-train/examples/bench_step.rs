@@ -81,7 +81,8 @@ fn time(
     mut loss: impl FnMut(&Dropout) -> Result<Tensor>,
 ) -> Result<serde_json::Value> {
     let value = loss(&Dropout::off())?.to_scalar::<f32>()?;
-    let config = AdamWConfig { betas: [0.9, 0.98], eps: 1e-8, weight_decay: 0.05 };
+    let config =
+        AdamWConfig { betas: [0.9, 0.98], eps: 1e-8, weight_decay: 0.05, layer_decay: 1.0 };
     let (mut adamw, mut gradients) = (AdamW::new(params, config), Gradients::new(params)?);
     let mut seconds = Vec::new();
     for step in 0..=steps {

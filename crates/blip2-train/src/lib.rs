@@ -4,6 +4,7 @@ pub mod augment;
 pub mod budget;
 pub mod checkpoint;
 pub mod data;
+mod encoder;
 mod error;
 pub mod eval;
 pub mod evaluate;

@@ -181,6 +181,25 @@ pub struct AdamWConfig {
     pub eps: f64,
     /// Weight decay, decoupled from the gradient.
     pub weight_decay: f64,
+    /// The learning rate of a layer of the image encoder, as a share of the layer behind it; 1: all learn alike.
+    pub layer_decay: f64,
+}
+
+/// The prefix of the image encoder's parameters, where it is trained.
+pub const VISION: &str = "vision.";
+
+/// The share of the learning rate that the parameter `name` gets: each block of an image encoder of `depth` blocks learns
+/// `decay` times as fast as the one behind it, what stands before the first block slowest, everything else at full rate.
+#[must_use]
+pub fn lr_scale(name: &str, depth: usize, decay: f64) -> f64 {
+    let Some(rest) = name.strip_prefix(VISION) else { return 1.0 };
+    let layer = block(rest).map_or(0, |block| block + 1);
+    decay.powi((depth + 1).saturating_sub(layer) as i32)
+}
+
+/// The number of a `blocks.N.…`.
+fn block(name: &str) -> Option<usize> {
+    name.strip_prefix("blocks.")?.split('.').next()?.parse().ok()
 }
 
 /// AdamW (Loshchilov and Hutter, 2019), equal to PyTorch's.
@@ -188,6 +207,8 @@ pub struct AdamWConfig {
 pub struct AdamW {
     config: AdamWConfig,
     slots: Vec<Slot>,
+    /// Blocks of the image encoder, if it is trained.
+    depth: usize,
     m: Vec<f32>,
     v: Vec<f32>,
     steps: u64,
@@ -199,7 +220,9 @@ impl AdamW {
     pub fn new(params: &ParamStore, config: AdamWConfig) -> Self {
         let slots = slots(params);
         let len = slots.iter().map(|slot| slot.len).sum();
-        Self { config, slots, m: vec![0.0; len], v: vec![0.0; len], steps: 0 }
+        let blocks = slots.iter().filter_map(|slot| block(slot.name.strip_prefix(VISION)?));
+        let depth = blocks.max().map_or(0, |last| last + 1);
+        Self { config, depth, slots, m: vec![0.0; len], v: vec![0.0; len], steps: 0 }
     }
 
     /// Updates made so far.
@@ -244,6 +267,7 @@ impl AdamW {
             let grad = grad.reshape(slot.dims.as_slice())?;
             let decay = decays(name, &slot.dims);
             numbers.weight_decay = if decay { self.config.weight_decay } else { 0.0 };
+            numbers.lr = lr * lr_scale(name, self.depth, self.config.layer_decay);
             let (m, v) = (&mut self.m[range.clone()], &mut self.v[range]);
             adamw_step(var, &grad, m, v, &numbers)?;
         }

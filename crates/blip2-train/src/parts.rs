@@ -37,6 +37,7 @@ use serde_json::json;
 use crate::budget::check_llm;
 use crate::checkpoint::{save_tensors, sha256, sha256_file, write_atomic};
 use crate::init;
+use crate::optim;
 use crate::order::purpose;
 use crate::recipe::{
     BertSection, BertShape, LlmSection, ModelSection, QformerSection, Recipe, VisionSection,
@@ -200,8 +201,8 @@ impl Base {
         max_text_len: usize,
         weights: &Path,
     ) -> Result<()> {
-        copy(weights, &self.dir.join(STAGE1))?;
         let mut manifest = self.manifest()?;
+        self.put(weights, STAGE1, &mut manifest)?;
         manifest.stage1 = Some(Stage1Part {
             config: config.clone(),
             weights: STAGE1.into(),
@@ -222,8 +223,8 @@ impl Base {
         question_prompt: &str,
         weights: &Path,
     ) -> Result<()> {
-        copy(weights, &self.dir.join(STAGE2))?;
         let mut manifest = self.manifest()?;
+        self.put(weights, STAGE2, &mut manifest)?;
         manifest.stage2 = Some(Stage2Part {
             config: config.clone(),
             weights: STAGE2.into(),
@@ -231,6 +232,22 @@ impl Base {
             question_prompt: question_prompt.into(),
         });
         self.write(&manifest)
+    }
+
+    /// Puts the trained weights of a run where the model has them: the bridge in the file `name`, an image encoder that was
+    /// trained with it in its own.
+    fn put(&self, weights: &Path, name: &str, manifest: &mut Manifest) -> Result<()> {
+        let all = params::read_file(weights)?;
+        let (vision, bridge): (BTreeMap<_, _>, BTreeMap<_, _>) =
+            all.into_iter().partition(|(name, _)| name.starts_with(optim::VISION));
+        if vision.is_empty() {
+            return copy(weights, &self.dir.join(name));
+        }
+        let plain = |(name, t): (String, Tensor)| (name[optim::VISION.len()..].to_owned(), t);
+        save_tensors(&self.dir.join(VISION), &vision.into_iter().map(plain).collect())?;
+        save_tensors(&self.dir.join(name), &bridge)?;
+        manifest.vision.weights = PartFile::File(VISION.into());
+        Ok(())
     }
 
     fn manifest(&self) -> Result<Manifest> {
@@ -276,7 +293,7 @@ fn earlier_manifest(dir: &Path) -> Result<Option<Manifest>> {
 /// # Errors
 /// If the file can't be read, or a tensor holds NaN or infinity; the message names both.
 pub(crate) fn read_start(path: &Path) -> Result<BTreeMap<String, Tensor>> {
-    let tensors = match path.extension() {
+    let mut tensors = match path.extension() {
         Some(ext) if ext == "pth" => {
             let lavis = Lavis::new(shards::open_file(path)?, HeadCounts::default(), path)?;
             let load = |(name, tensor): (String, Stored)| Ok((name, tensor.load()?));
@@ -284,6 +301,8 @@ pub(crate) fn read_start(path: &Path) -> Result<BTreeMap<String, Tensor>> {
         }
         _ => params::read_file(path)?,
     };
+    // A run that trained its image encoder, too, keeps both in one file; which encoder to use is model.vision's to say.
+    tensors.retain(|name, _| !name.starts_with(optim::VISION));
     for (name, tensor) in &tensors {
         let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
         if let Some(value) = values.iter().find(|value| !value.is_finite()) {
@@ -317,7 +336,9 @@ impl Bert {
                     weights: Some(parts.weights),
                 })
             }
-            BertSection::Directory { path, shape } => Self::from_directory(path)?.of_shape(*shape, path),
+            BertSection::Directory { path, shape } => {
+                Self::from_directory(path)?.of_shape(*shape, path)
+            }
             &BertSection::Random { width, depth, num_heads, ffn_width } => Ok(Self {
                 width,
                 depth,

@@ -290,6 +290,8 @@ pub struct Stage1Section {
     /// loss shares its target among them, and none is a negative of another. Otherwise this holds for pairs with the same
     /// `image_id`, as in the reference.
     pub same_caption_matches: bool,
+    /// Whether the image encoder is trained as well. It becomes a part of the run's own model.
+    pub train_vision: bool,
     /// How long and in what portions.
     pub train: TrainSection,
     /// The optimiser and its schedule.
@@ -319,6 +321,8 @@ pub struct Stage2Section {
     /// Whether an encoder–decoder is also given the beginning of a caption, up to a place drawn from its first half, and
     /// writes the rest (paper §3.3). A language model that only decodes knows no such thing.
     pub prefix_lm: bool,
+    /// Whether the image encoder is trained as well. It becomes a part of the run's own model.
+    pub train_vision: bool,
     /// How long and in what portions.
     pub train: TrainSection,
     /// The optimiser and its schedule.
@@ -363,6 +367,9 @@ pub struct OptimizerSection {
     pub eps: f64,
     /// Weight decay of everything but biases and vectors.
     pub weight_decay: f64,
+    /// The learning rate of a layer of the image encoder, where it is trained, as a share of the layer behind it. 1: all learn
+    /// alike, as in LAVIS, whose code sets shares and never uses them.
+    pub layer_decay: f64,
 }
 
 /// Logging, checkpoints, threads: nothing that changes the numbers.
@@ -398,6 +405,8 @@ pub enum Stage {
         label_smoothing: f32,
         /// See [`Stage1Section::same_caption_matches`].
         same_caption_matches: bool,
+        /// See [`Stage1Section::train_vision`].
+        train_vision: bool,
     },
     /// Generation.
     Two {
@@ -417,6 +426,8 @@ pub enum Stage {
         questions: f64,
         /// See [`Stage2Section::prefix_lm`].
         prefix_lm: bool,
+        /// See [`Stage2Section::train_vision`].
+        train_vision: bool,
     },
 }
 
@@ -525,6 +536,7 @@ impl RecipeFile {
                 max_text_len: s.max_text_len,
                 label_smoothing: s.label_smoothing,
                 same_caption_matches: s.same_caption_matches,
+                train_vision: s.train_vision,
             };
             self.run(stage, &s.train, &s.optimizer)
         });
@@ -542,6 +554,7 @@ impl RecipeFile {
                 texts_per_picture: s.texts_per_picture,
                 questions: s.questions,
                 prefix_lm: s.prefix_lm,
+                train_vision: s.train_vision,
             };
             self.run(stage, &s.train, &s.optimizer)
         });
@@ -623,11 +636,37 @@ impl RecipeFile {
             stage.train.check("stage2.train")?;
             stage.optimizer.check("stage2.optimizer", &stage.train)?;
         }
+        let trains = [
+            self.stage1.as_ref().is_some_and(|stage| stage.train_vision),
+            self.stage2.as_ref().is_some_and(|stage| stage.train_vision),
+        ];
+        if trains.contains(&true) {
+            require(
+                self.features.views == 0,
+                "features.views",
+                self.features.views,
+                "0, for what is kept on disk of an image encoder is not true any more once it is trained",
+            )?;
+            require(
+                self.stage1.is_none() || self.stage2.is_none(),
+                "train_vision",
+                true,
+                "a recipe with one stage; the next one names this one's result as its model.vision",
+            )?;
+        }
         self.runtime.check()
     }
 }
 
 impl Recipe {
+    /// Whether the image encoder is trained.
+    #[must_use]
+    pub fn trains_vision(&self) -> bool {
+        match self.stage {
+            Stage::One { train_vision, .. } | Stage::Two { train_vision, .. } => train_vision,
+        }
+    }
+
     /// Hash, in hex, of everything that decides the numbers of the run: all but `runtime`, `name` and the places where
     /// things lie.
     ///
@@ -912,6 +951,12 @@ impl OptimizerSection {
         }
         require(self.eps > 0.0 && self.eps < 1.0, &field("eps"), self.eps, "above 0 and below 1")?;
         share(&field("weight_decay"), self.weight_decay, true)?;
+        require(
+            self.layer_decay > 0.0 && self.layer_decay <= 1.0,
+            &field("layer_decay"),
+            self.layer_decay,
+            "a number above 0, at most 1",
+        )?;
         if let (ScheduleKind::Paper, Some(steps)) = (self.schedule, train.steps) {
             let wanted = format!("less than steps = {steps}");
             require(self.warmup_steps < steps, &field("warmup_steps"), self.warmup_steps, &wanted)?;

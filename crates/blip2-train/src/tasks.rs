@@ -29,6 +29,7 @@ use serde_json::json;
 use crate::augment::Augment;
 use crate::checkpoint::sha256;
 use crate::data::{Dataset, Meta, text::pre_caption};
+use crate::encoder::{self, Encoder, Shown};
 use crate::features::{Build, FeatureCache, FeatureShape};
 use crate::monitor::{CURVES, draw_curves};
 use crate::order::{BatchPlan, purpose};
@@ -56,14 +57,6 @@ pub struct Pictures {
     cache: Option<FeatureCache>,
     captions: CaptionChoice,
     hash: String,
-}
-
-/// What a batch shows.
-pub enum Shown {
-    /// Image-encoder output (b, tokens, width), from the cache.
-    Features(Tensor),
-    /// Augmented pictures, to be encoded in the step.
-    Pictures(Vec<Rgb>),
 }
 
 impl Pictures {
@@ -222,22 +215,12 @@ pub(crate) fn data_hash(
     Ok(sha256(text.as_bytes()))
 }
 
-fn patches(shown: &Shown, vision: Option<&Vision>) -> Result<Tensor> {
-    match (shown, vision) {
-        (Shown::Features(features), _) => Ok(features.clone()),
-        (Shown::Pictures(pictures), Some(vision)) => Ok(vision.encode(pictures)?),
-        (Shown::Pictures(_), None) => {
-            Err(Error::Training("pictures came in, but no image encoder is loaded".into()))
-        }
-    }
-}
-
 // ------------------------------------------------------------------------------------------- stage 1
 
 /// Stage 1: the bridge learns which pictures and texts belong together.
 pub struct Stage1Task<'a> {
     source: Stage1Source<'a>,
-    vision: Option<&'a Vision>,
+    encoder: Encoder<'a>,
     params: ParamStore,
     model: Stage1,
     smoothing: f32,
@@ -273,7 +256,7 @@ impl<'a> Stage1Task<'a> {
         config: &Stage1Config,
         vision: Option<&'a Vision>,
     ) -> Result<Self> {
-        let Stage::One { ref init, max_text_len, label_smoothing, same_caption_matches } =
+        let Stage::One { ref init, max_text_len, label_smoothing, same_caption_matches, .. } =
             recipe.stage
         else {
             return Err(Error::Recipe("not a recipe of stage 1".into()));
@@ -282,13 +265,15 @@ impl<'a> Stage1Task<'a> {
             Stage1Init::Bert => None,
             Stage1Init::Path(path) => Some(weights_file(path)),
         };
-        let start = match &file {
+        let mut start = match &file {
             None => base.stage1_start(config, recipe.seed)?,
             Some(file) => read_start(file)?,
         };
+        let part = encoder::add_to_start(recipe, base, &mut start)?;
         let params = ParamStore::new(start)?;
-        let model = params.build(|p| Stage1::new(p, config));
-        let model = model.map_err(|err| of_file(file.as_deref(), err.into()))?;
+        let built = params
+            .build(|p| Ok((Stage1::new(p, config)?, Encoder::new(p, part.as_ref(), vision)?)));
+        let (model, encoder) = built.map_err(|err| of_file(file.as_deref(), err.into()))?;
         let ids: Vec<_> = pictures.metas.iter().map(|meta| meta.image_id).collect();
         let source = Stage1Source {
             pictures,
@@ -297,7 +282,7 @@ impl<'a> Stage1Task<'a> {
             same_caption_matches,
             picture_numbers: picture_numbers(&ids),
         };
-        Ok(Self { source, vision, params, model, smoothing: label_smoothing })
+        Ok(Self { source, encoder, params, model, smoothing: label_smoothing })
     }
 }
 
@@ -369,9 +354,9 @@ impl<'a> Task for Stage1Task<'a> {
         draws: Draws,
         ranks: &Arc<dyn Communicator>,
     ) -> Result<StepOutput> {
-        let patches = patches(&batch.shown, self.vision)?;
+        let seen = self.encoder.see(&batch.shown)?;
         let pairs = Stage1Batch {
-            patches: &patches,
+            patches: &seen.patches,
             texts: &batch.texts,
             image_ids: batch.image_ids.as_deref(),
         };
@@ -384,14 +369,15 @@ impl<'a> Task for Stage1Task<'a> {
         };
         let Some(losses) = steps::stage1(&self.model, &pairs, context)? else {
             let same = if self.source.same_caption_matches { "caption" } else { "image_id" };
-            return StepOutput::nothing(format!("all pairs of the batch have the same {same}"));
+            let reason = format!("all pairs of the batch have the same {same}");
+            return Ok(StepOutput::nothing(reason));
         };
         let parts = [("itc", &losses.itc), ("itm", &losses.itm), ("itg", &losses.itg)];
         let parts = parts
             .into_iter()
             .map(|(name, loss)| Ok((name, loss.to_scalar()?)))
             .collect::<Result<_>>()?;
-        Ok(StepOutput { loss: losses.total, parts, reason: None })
+        self.encoder.output(seen, &losses.total, parts)
     }
 }
 
@@ -400,7 +386,7 @@ impl<'a> Task for Stage1Task<'a> {
 /// Stage 2: the queries learn to speak to the frozen language model.
 pub struct Stage2Task<'a> {
     source: Stage2Source<'a>,
-    vision: Option<&'a Vision>,
+    encoder: Encoder<'a>,
     llm: Llm,
     params: ParamStore,
     model: Stage2,
@@ -465,10 +451,13 @@ impl<'a> Stage2Task<'a> {
             ProjInit::Words => Some(llm.embedding_rms()?),
         };
         let start = init::stage2(&bridge, llm.width(), rms, seed);
-        let params = ParamStore::new(start.map_err(|err| of_file(weights, err))?)?;
+        let mut start = start.map_err(|err| of_file(weights, err))?;
+        let part = encoder::add_to_start(recipe, base, &mut start)?;
+        let params = ParamStore::new(start)?;
         let config = stage2_config(stage1_config, llm.width());
-        let model = params.build(|p| Stage2::new(p, &config));
-        let model = model.map_err(|err| of_file(weights, err.into()))?;
+        let built = params
+            .build(|p| Ok((Stage2::new(p, &config)?, Encoder::new(p, part.as_ref(), vision)?)));
+        let (model, encoder) = built.map_err(|err| of_file(weights, err.into()))?;
         let source = Stage2Source {
             pictures,
             tokenizer,
@@ -481,7 +470,7 @@ impl<'a> Stage2Task<'a> {
             encoder: llm.has_encoder(),
         };
         source.check()?;
-        Ok(Self { source, vision, llm, params, model })
+        Ok(Self { source, encoder, llm, params, model })
     }
 
     /// The bridge's shape.
@@ -639,10 +628,11 @@ impl<'a> Task for Stage2Task<'a> {
         draws: Draws,
         _ranks: &Arc<dyn Communicator>,
     ) -> Result<StepOutput> {
-        let patches = patches(&batch.shown, self.vision)?;
-        let loss = steps::stage2(&self.model, &self.llm, &patches, &batch.texts, &draws.dropout())?;
+        let seen = self.encoder.see(&batch.shown)?;
+        let dropout = draws.dropout();
+        let loss = steps::stage2(&self.model, &self.llm, &seen.patches, &batch.texts, &dropout)?;
         let value = loss.to_scalar()?;
-        Ok(StepOutput { loss, parts: vec![("lm", value)], reason: None })
+        self.encoder.output(seen, &loss, vec![("lm", value)])
     }
 }
 
@@ -756,14 +746,18 @@ fn train_stage(
     let mut note = |text: &str| monitor.note(text);
     let mut pictures = Pictures::open(recipe, &recipe.data.train, side, &mut note)?;
     let base = Base::prepare(recipe, model_dir, pictures.texts(), &mut *session.download)?;
-    let format = vision_format(&recipe.model.vision)?;
-    let vision = base.model()?.vision(format, &mut *session.download)?;
-    if !pictures.encode(recipe, &base, &vision, &mut *session.encoding, session.stop)? {
-        return Ok(None);
+    let model = base.model()?;
+    let config = base.stage1_config(&recipe.model.qformer, model.manifest.vision.config.width)?;
+    let mut vision = None;
+    if !recipe.trains_vision() {
+        let format = vision_format(&recipe.model.vision)?;
+        let frozen = model.vision(format, &mut *session.download)?;
+        if !pictures.encode(recipe, &base, &frozen, &mut *session.encoding, session.stop)? {
+            return Ok(None);
+        }
+        // With a cache the encoder has done its work, and its memory is free for training.
+        vision = (recipe.features.views == 0).then_some(frozen);
     }
-    let config = base.stage1_config(&recipe.model.qformer, vision.config().width)?;
-    // With a cache the encoder has done its work, and its memory is free for training.
-    let vision = (recipe.features.views == 0).then_some(vision);
     let run = Run { folder, stop: session.stop, ranks: Arc::new(SingleProcess) };
     let outcome = match &recipe.stage {
         Stage::One { max_text_len, .. } => {

@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 
 use blip2::params::ParamStore;
 use blip2_ops::{Communicator, Dropout};
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
+use candle_core::backprop::GradStore;
 
 use crate::checkpoint::{Checkpoints, TrainState, save_tensors, write_atomic};
 use crate::log::StepRecord;
@@ -58,7 +59,7 @@ pub trait Task {
     /// The trained parameters.
     fn params(&self) -> &ParamStore;
 
-    /// The loss of one micro-batch. It must depend on nothing but weights, batch and draws.
+    /// The loss of one micro-batch and its gradients. They must depend on nothing but weights, batch and draws.
     ///
     /// # Errors
     /// If a tensor operation fails.
@@ -105,8 +106,10 @@ impl Draws {
 
 /// What a micro-batch gave.
 pub struct StepOutput {
-    /// The loss to minimise, a scalar that carries gradients.
-    pub loss: Tensor,
+    /// The loss to minimise.
+    pub loss: f32,
+    /// Of every trained parameter; none if the loss is not finite.
+    pub grads: Option<GradStore>,
     /// Its named parts, for the log.
     pub parts: Vec<(&'static str, f32)>,
     /// Why there was nothing to learn, if the loss is not finite for a known reason.
@@ -114,14 +117,21 @@ pub struct StepOutput {
 }
 
 impl StepOutput {
-    /// Of a micro-batch that holds nothing to learn: its step is skipped and counted like any whose loss is not finite, so
-    /// that one odd batch ends no run, and a run of nothing else ends.
+    /// Of a loss, a scalar that carries gradients, and its named parts.
     ///
     /// # Errors
-    /// Only if memory can't be had.
-    pub fn nothing(reason: impl Into<String>) -> Result<Self> {
-        let loss = Tensor::new(f32::NAN, &Device::Cpu)?;
-        Ok(Self { loss, parts: Vec::new(), reason: Some(reason.into()) })
+    /// If a tensor operation fails.
+    pub fn new(loss: &Tensor, parts: Vec<(&'static str, f32)>) -> Result<Self> {
+        let value = loss.to_scalar::<f32>()?;
+        let grads = value.is_finite().then(|| loss.backward()).transpose()?;
+        Ok(Self { loss: value, grads, parts, reason: None })
+    }
+
+    /// Of a micro-batch that holds nothing to learn: its step is skipped and counted like any whose loss is not finite, so
+    /// that one odd batch ends no run, and a run of nothing else ends.
+    #[must_use]
+    pub fn nothing(reason: impl Into<String>) -> Self {
+        Self { loss: f32::NAN, grads: None, parts: Vec::new(), reason: Some(reason.into()) }
     }
 }
 
@@ -304,6 +314,7 @@ impl<'a, T: Task> Trainer<'a, T> {
             betas: optimizer.betas,
             eps: optimizer.eps,
             weight_decay: optimizer.weight_decay,
+            layer_decay: optimizer.layer_decay,
         };
         Ok(Self {
             task,
@@ -459,10 +470,9 @@ impl<'a, T: Task> Trainer<'a, T> {
             waited += before.elapsed();
             let draws = Draws::new(self.recipe.seed, self.step, micro, self.order.rank);
             let output = self.task.step(&batch, draws, &self.run.ranks)?;
-            let loss = output.loss.to_scalar::<f32>()?;
-            self.gradients.add_loss(loss, share);
-            if loss.is_finite() {
-                self.gradients.add(self.task.params(), &output.loss.backward()?, share)?;
+            self.gradients.add_loss(output.loss, share);
+            if let Some(grads) = &output.grads {
+                self.gradients.add(self.task.params(), grads, share)?;
             }
             add_parts(&mut parts, &output.parts, f64::from(share));
             reason = reason.or(output.reason);

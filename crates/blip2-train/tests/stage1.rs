@@ -200,7 +200,8 @@ fn ten_steps_of_stage_1_equal_lavis() {
     let golden = golden("stage1_curve.safetensors");
     let store = ParamStore::new(weights()).unwrap();
     let model = store.build(|p| Stage1::new(p, &config())).unwrap();
-    let config = AdamWConfig { betas: [0.9, 0.98], eps: 1e-8, weight_decay: 0.05 };
+    let config =
+        AdamWConfig { betas: [0.9, 0.98], eps: 1e-8, weight_decay: 0.05, layer_decay: 1.0 };
     let mut optimizer = AdamW::new(&store, config);
     let mut gradients = Gradients::new(&store).unwrap();
     let expected = golden["losses"].to_vec2::<f32>().unwrap();

@@ -142,7 +142,8 @@ fn loss_with(params: &ParamStore, grads: &BTreeMap<String, Tensor>) -> Tensor {
 fn eight_steps_of_adamw_equal_pytorchs() {
     let golden = golden();
     let params = ParamStore::new(with_prefix(&golden, "start.")).unwrap();
-    let config = AdamWConfig { betas: [0.9, 0.98], eps: 1e-8, weight_decay: 0.05 };
+    let config =
+        AdamWConfig { betas: [0.9, 0.98], eps: 1e-8, weight_decay: 0.05, layer_decay: 1.0 };
     let mut optimizer = AdamW::new(&params, config);
     let mut gradients = Gradients::new(&params).unwrap();
     let norms = golden["norms"].to_vec1::<f32>().unwrap();
@@ -201,7 +202,8 @@ fn a_parameter_without_gradient_is_named() {
 #[test]
 fn an_optimisers_state_must_fit() {
     let params = ParamStore::new(with_prefix(&golden(), "start.")).unwrap();
-    let config = AdamWConfig { betas: [0.9, 0.98], eps: 1e-8, weight_decay: 0.05 };
+    let config =
+        AdamWConfig { betas: [0.9, 0.98], eps: 1e-8, weight_decay: 0.05, layer_decay: 1.0 };
     let mut optimizer = AdamW::new(&params, config);
     let mut state = optimizer.state().unwrap();
     optimizer.restore(&state, 3).unwrap();
@@ -481,7 +483,7 @@ impl Task for Toy {
     ) -> Result<StepOutput> {
         self.step.set(*step);
         if self.idle.contains(step) {
-            return StepOutput::nothing("all samples are the same");
+            return Ok(StepOutput::nothing("all samples are the same"));
         }
         let x = draws.dropout().apply(x, 0.2)?;
         let out = linear(&x, self.var("w"), Some(self.var("b")))?.broadcast_mul(self.var("s"))?;
@@ -492,7 +494,7 @@ impl Task for Toy {
         }
         let value = loss.to_scalar()?;
         let parts = vec![("mse", value), ("noise", noise as f32)];
-        Ok(StepOutput { loss, parts, reason: None })
+        StepOutput::new(&loss, parts)
     }
 }
 

@@ -268,7 +268,7 @@ impl Parts {
         let processor =
             json!({"processor_class": "Blip2Processor", "num_query_tokens": qformer.num_queries});
         write_json(&folder.join("processor_config.json"), &processor)?;
-        weights_out::write(&tensors, dtype, SHARD, folder)
+        self.write_weights(&tensors, dtype, SHARD, folder)
     }
 
     fn add_hf_matching(&self, config: &mut Value, folder: &Path) -> Result<()> {
@@ -383,6 +383,20 @@ impl Parts {
         Ok(out)
     }
 
+    /// Writes tensors; what is wrong with one is said with the model's name.
+    fn write_weights(
+        &self,
+        sources: &BTreeMap<String, Source>,
+        dtype: Option<DType>,
+        shard: usize,
+        folder: &Path,
+    ) -> Result<u64> {
+        weights_out::write(sources, dtype, shard, folder).map_err(|err| match err {
+            Error::Weights(reason) => Error::Weights(format!("{}: {reason}", self.name)),
+            other => other,
+        })
+    }
+
     /// Positions for the size of picture that the model looks at.
     fn fitted_positions(&self, tensor: &Stored) -> Result<Stored> {
         let config = &self.vision.0;
@@ -403,7 +417,7 @@ impl Parts {
         let mut put = |name: &str, tensors: &Tensors| -> Result<String> {
             let sources = tensors.iter().map(|(n, t)| (n.clone(), t.clone().into())).collect();
             let part = tempfile::tempdir_in(folder).map_err(Error::io(folder))?;
-            bytes += weights_out::write(&sources, dtype, usize::MAX, part.path())?;
+            bytes += self.write_weights(&sources, dtype, usize::MAX, part.path())?;
             let (from, file) =
                 (part.path().join("model.safetensors"), format!("{name}.safetensors"));
             std::fs::rename(&from, folder.join(&file)).map_err(Error::io(&from))?;
@@ -450,7 +464,7 @@ impl Parts {
             config["eos_token_id"] = llm.end_ids.first().copied().unwrap_or(2).into();
             write_json(&inner.join("config.json"), &config)?;
             let sources = llm.hf_tensors().into_iter().map(|(n, t)| (n, t.into())).collect();
-            bytes += weights_out::write(&sources, dtype, SHARD, &inner)?;
+            bytes += self.write_weights(&sources, dtype, SHARD, &inner)?;
             let path = inner.join("tokenizer.json");
             std::fs::write(&path, llm.tokenizer.to_json()?).map_err(Error::io(&path))?;
         }

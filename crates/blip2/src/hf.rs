@@ -524,11 +524,12 @@ impl Preprocessor {
         if (self.rescale_factor - 1.0 / 255.0).abs() > 1e-9 {
             return refuse(format!("rescale_factor is {}, expected 1/255", self.rescale_factor));
         }
-        for (name, values) in [("image_mean", self.image_mean), ("image_std", self.image_std)] {
-            if values.iter().any(|x| !x.is_finite() || (name == "image_std" && *x <= 0.0)) {
-                return refuse(format!(
-                    "{name} is {values:?}, which pixels can't be normalised with"
-                ));
+        // Beyond these a pixel becomes infinite.
+        for (name, values, least) in
+            [("image_mean", self.image_mean, -1e3), ("image_std", self.image_std, 1e-3)]
+        {
+            if !values.iter().all(|x| (least..1e3).contains(x)) {
+                return refuse(format!("{name} is {values:?}, expected {least}..1000"));
             }
         }
         if side("height") != Some(image_size as u64) || side("width") != Some(image_size as u64) {

@@ -164,7 +164,7 @@ fn eva(tensors: Tensors, heads: HeadCounts) -> Result<(VitConfig, Tensors)> {
                 ours.insert(format!("blocks.{i}.attn.k.bias"), zeros.into());
             }
             (Some(i), "attn.v_bias") => {
-                drop(ours.insert(format!("blocks.{i}.attn.v.bias"), tensor))
+                drop(ours.insert(format!("blocks.{i}.attn.v.bias"), tensor));
             }
             (Some(i), rest) => {
                 drop(ours.insert(

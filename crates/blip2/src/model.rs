@@ -252,21 +252,8 @@ impl Model {
     /// If its weights can't be found or don't fit.
     pub fn vision(&self, format: WeightFormat, progress: Progress<'_>) -> Result<Vision> {
         let part = &self.manifest.vision;
-        let origin = match &part.weights {
-            PartFile::Mini => assets::mini_vit(Check::Quick, progress)?,
-            PartFile::File(name) => self.files.describe(name),
-            PartFile::Path(path) => path.clone(),
-            PartFile::Checkpoint => self.files.describe(""),
-        };
-        part.config.check().map_err(|err| Error::file(&origin, err.to_string()))?;
-        let mut tensors = self.vision_tensors(progress)?;
-        if let Some(positions) = tensors.get_mut("pos_embed") {
-            let side = part.config.image_size / part.config.patch_size;
-            let corners = part.config.corners();
-            *positions = nn::fit_positions(&positions.load()?.to_dtype(DType::F32)?, side, corners)
-                .map_err(|err| Error::file(&origin, err.to_string()))?
-                .into();
-        }
+        let origin = self.vision_origin();
+        let tensors = self.fitted_vision(progress)?;
         let vit = Params::build(tensors, format, &origin.to_string_lossy(), |p| {
             Vit::new(p, &part.config)
         })?;
@@ -345,6 +332,33 @@ impl Model {
             files => Tokenizer::from_wordpiece_vocab(&files.read(&part.vocab)?)?,
         };
         Ok(Matcher { vision, bridge, tokenizer, max_text_len: part.max_text_len })
+    }
+
+    /// How errors name the image encoder's weights.
+    fn vision_origin(&self) -> PathBuf {
+        match &self.manifest.vision.weights {
+            PartFile::Mini => "image encoder of mini".into(),
+            PartFile::File(name) => self.files.describe(name),
+            PartFile::Path(path) => path.clone(),
+            PartFile::Checkpoint => self.files.describe(""),
+        }
+    }
+
+    /// The tensors of the image encoder, its positions those of the pictures that the model looks at.
+    ///
+    /// # Errors
+    /// If its weights can't be found or are damaged, or the positions fit no square of patches.
+    pub fn fitted_vision(&self, progress: Progress<'_>) -> Result<BTreeMap<String, Stored>> {
+        let config = &self.manifest.vision.config;
+        let wrong = |err: Error| Error::file(self.vision_origin(), err.to_string());
+        config.check().map_err(wrong)?;
+        let mut tensors = self.vision_tensors(progress)?;
+        if let Some(positions) = tensors.get_mut("pos_embed") {
+            let side = config.image_size / config.patch_size;
+            let stored = positions.load()?.to_dtype(DType::F32)?;
+            *positions = nn::fit_positions(&stored, side, config.corners()).map_err(wrong)?.into();
+        }
+        Ok(tensors)
     }
 
     /// The tensors of the image encoder, unread by any model.
@@ -458,6 +472,18 @@ pub struct Vision {
 }
 
 impl Vision {
+    /// An encoder, built, and what it wants its pixels to be.
+    #[must_use]
+    pub fn new(vit: Vit, normalize: Normalize) -> Self {
+        Self { vit, normalize }
+    }
+
+    /// The encoder.
+    #[must_use]
+    pub fn vit(&self) -> &Vit {
+        &self.vit
+    }
+
     /// Pictures of any size → features (b, tokens, width).
     ///
     /// # Errors

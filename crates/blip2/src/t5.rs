@@ -96,6 +96,12 @@ impl T5Config {
                 self.layer_norm_epsilon
             )));
         }
+        if self.decoder_start_token_id as usize >= self.vocab_size {
+            return Err(Error::Config(format!(
+                "T5 configuration: decoder_start_token_id {} of {} words",
+                self.decoder_start_token_id, self.vocab_size
+            )));
+        }
         let (buckets, distance) =
             (self.relative_attention_num_buckets, self.relative_attention_max_distance);
         if !buckets.is_multiple_of(4) || distance <= buckets / 2 {

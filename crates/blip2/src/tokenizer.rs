@@ -15,7 +15,7 @@ use serde_json::{Value as Json, json};
 use tokenizers::decoders::wordpiece::WordPiece as WordPieceDecoder;
 use tokenizers::models::bpe::BPE;
 use tokenizers::models::wordpiece::WordPiece;
-use tokenizers::normalizers::BertNormalizer;
+use tokenizers::normalizers::{BertNormalizer, Precompiled};
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::bert::BertPreTokenizer;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -206,12 +206,17 @@ impl Tokenizer {
     /// Not a `tokenizer.json`, or a special id that the vocabulary doesn't have.
     pub fn from_json(json: &[u8], special: SpecialIds) -> Result<Self> {
         let refuse = |e: &tokenizers::Error| refuse("tokenizer.json", e);
-        let mut inner = tokenizers::Tokenizer::from_bytes(json).map_err(|e| refuse(&e))?;
+        let broken = |why: String| Error::Tokenizer(format!("tokenizer.json: {why}"));
+        let value: Json = serde_json::from_slice(json).map_err(|e| broken(e.to_string()))?;
+        check_normalizer(&value["normalizer"]).map_err(broken)?;
+        check_post_processor(&value["post_processor"]).map_err(broken)?;
+        let mut inner =
+            guarded(|| tokenizers::Tokenizer::from_bytes(json)).map_err(|e| refuse(&e))?;
         // Truncation and padding are ours to do.
         inner.with_truncation(None).map_err(|e| refuse(&e))?;
         inner.with_padding(None);
         check_special(&inner, special, "tokenizer.json")?;
-        let (prefix, suffix) = surroundings(&inner).map_err(|e| refuse(&e))?;
+        let (prefix, suffix) = guarded(|| surroundings(&inner)).map_err(|e| refuse(&e))?;
         Ok(Self { inner, prefix, suffix, special, clean_up: false })
     }
 
@@ -252,9 +257,7 @@ impl Tokenizer {
                 "a text of {chars} characters; at most {MAX_CHARS} are accepted"
             )));
         }
-        let encoding = self
-            .inner
-            .encode_fast(text, false)
+        let encoding = guarded(|| self.inner.encode_fast(text, false))
             .map_err(|e| Error::Tokenizer(format!("can't encode a text: {e}")))?;
         let ids = encoding.get_ids();
         if !special {
@@ -300,9 +303,7 @@ impl Tokenizer {
     /// # Errors
     /// A decoder that fails; none of ours does.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
-        let text = self
-            .inner
-            .decode(ids, skip_special)
+        let text = guarded(|| self.inner.decode(ids, skip_special))
             .map_err(|e| Error::Tokenizer(format!("can't decode {} ids: {e}", ids.len())))?;
         Ok(if self.clean_up { clean_up(&text) } else { text })
     }
@@ -410,6 +411,47 @@ fn add_special<S: Into<String>>(
         .add_special_tokens(tokens)
         .map_err(|e| Error::Tokenizer(format!("can't add special tokens: {e}")))?;
     Ok(())
+}
+
+/// Runs the library on what a `tokenizer.json` says. Its tables of characters are a compiled automaton, which the library
+/// follows without looking where it leads; nothing is changed that a panic could leave half done.
+fn guarded<T>(run: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(run))
+        .unwrap_or_else(|_| Err("its tables are damaged".into()))
+}
+
+/// Refuses tables of characters that the library would panic on when it reads them.
+fn check_normalizer(normalizer: &Json) -> std::result::Result<(), String> {
+    if normalizer["type"] == "Precompiled" {
+        // From a text, as the library does: it borrows.
+        let read = serde_json::from_str::<Precompiled>(&normalizer.to_string()).map(drop);
+        return read.map_err(|err| format!("normalizer: {err}"));
+    }
+    let several = normalizer["normalizers"].as_array();
+    several.into_iter().flatten().try_for_each(check_normalizer)
+}
+
+/// Refuses templates that the library would panic on when it uses them: a special token that is not described, or a second
+/// text around a single one.
+fn check_post_processor(processor: &Json) -> std::result::Result<(), String> {
+    let special = &processor["special_tokens"];
+    for kind in ["single", "pair"] {
+        for piece in processor[kind].as_array().into_iter().flatten() {
+            let (name, text) = (&piece["SpecialToken"]["id"], &piece["Sequence"]["id"]);
+            let described = |name: &str| {
+                let len = |field: &str| special[name][field].as_array().map(Vec::len);
+                len("ids").is_some() && len("ids") == len("tokens")
+            };
+            if name.as_str().is_some_and(|name| !described(name)) {
+                return Err(format!("post_processor: {kind} has {name}, not in special_tokens"));
+            }
+            if kind == "single" && text == "B" {
+                return Err("post_processor: single has a second text".into());
+            }
+        }
+    }
+    let several = processor["processors"].as_array();
+    several.into_iter().flatten().try_for_each(check_post_processor)
 }
 
 fn check_special(inner: &tokenizers::Tokenizer, special: SpecialIds, file: &str) -> Result<()> {

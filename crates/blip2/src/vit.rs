@@ -14,7 +14,8 @@
 //! Shapes: b pictures, n = (size / patch)² patches, w width.
 
 use blip2_ops::Dropout;
-use candle_core::Tensor;
+use candle_core::backprop::GradStore;
+use candle_core::{Tensor, Var};
 use serde::{Deserialize, Serialize};
 
 use crate::nn::{Activation, Attention, Corners, LayerNorm, Linear, Mlp, check_sizes};
@@ -182,6 +183,13 @@ fn scaled(x: Tensor, scale: Option<&Tensor>) -> Result<Tensor> {
     }
 }
 
+/// What [`Vit::forward_taped`] leaves for the backward pass.
+pub struct Tape {
+    pixels: Tensor,
+    /// Of each block.
+    inputs: Vec<Tensor>,
+}
+
 /// A vision transformer: pixels to one feature vector per token.
 pub struct Vit {
     config: VitConfig,
@@ -236,6 +244,45 @@ impl Vit {
             x = block.forward(&x)?;
         }
         Ok(x)
+    }
+
+    /// [`Self::forward`] that keeps the input of every block and nothing from inside them: for training an encoder whose
+    /// activations would not fit. The features carry no gradient; [`Self::backward_taped`] goes on from theirs.
+    ///
+    /// # Errors
+    /// If the pictures have another size than the encoder.
+    pub fn forward_taped(&self, pixels: &Tensor) -> Result<(Tensor, Tape)> {
+        let mut x = self.embed(pixels)?.detach();
+        let mut inputs = Vec::with_capacity(self.blocks.len());
+        for block in &self.blocks {
+            inputs.push(x.clone());
+            x = block.forward(&x)?.detach();
+        }
+        Ok((x, Tape { pixels: pixels.clone(), inputs }))
+    }
+
+    /// The backward pass behind [`Self::forward_taped`]: `grad` (b, 1 + n, w) is the gradient of the features. Each block is
+    /// computed again and taken back alone, last one first; `keep` is given what each leaves behind.
+    ///
+    /// # Errors
+    /// If `keep` fails, or the shapes are not those of the forward pass.
+    pub fn backward_taped(
+        &self,
+        tape: Tape,
+        grad: &Tensor,
+        keep: &mut dyn FnMut(GradStore) -> Result<()>,
+    ) -> Result<()> {
+        let mut grad = grad.clone();
+        for (block, input) in self.blocks.iter().zip(tape.inputs).rev() {
+            let x = Var::from_tensor(&input)?;
+            // The gradient of this sum is that of the whole loss.
+            let mut grads = (block.forward(x.as_tensor())? * &grad)?.sum_all()?.backward()?;
+            grad = grads.remove(x.as_tensor()).ok_or_else(|| {
+                Error::Config("a block of the image encoder passed no gradient on".into())
+            })?;
+            keep(grads)?;
+        }
+        keep((self.embed(&tape.pixels)? * &grad)?.sum_all()?.backward()?)
     }
 
     /// Patches, class token and positions: the input of the first block, (b, 1 + n, w).

@@ -1,5 +1,7 @@
 //! What the golden tests of both stages share: the tiny model of `golden/lavis_tiny.py`, and comparing tensors.
 
+#![allow(dead_code, reason = "each test file uses its own part")]
+
 use std::collections::BTreeMap;
 use std::path::Path;
 
