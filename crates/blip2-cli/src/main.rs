@@ -9,6 +9,7 @@ mod embed;
 mod eval;
 mod inspect;
 mod matching;
+mod memory;
 mod model;
 mod new_folder;
 mod output;
@@ -28,18 +29,6 @@ use crate::progress::say;
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Keeps memory that is free for half a minute before the system gets it back. By default that is a second, so that every
-/// step of a training run has its gigabytes taken away, given back and cleared by the kernel: a quarter of its time.
-fn keep_free_memory() {
-    /// `mi_option_purge_delay` of mimalloc.h, in milliseconds.
-    const PURGE_DELAY: i32 = 15;
-    #[expect(unsafe_code, reason = "the allocator has no safe call for its options")]
-    // SAFETY: it sets a number; no other thread runs yet.
-    unsafe {
-        libmimalloc_sys::mi_option_set(PURGE_DELAY, 30_000);
-    }
-}
-
 /// Whether everything went well; errors of single pictures are reported where they happen and end in `SomeFailed`.
 pub(crate) enum Outcome {
     AllFine,
@@ -47,7 +36,7 @@ pub(crate) enum Outcome {
 }
 
 fn main() -> ExitCode {
-    keep_free_memory();
+    memory::give_back_at_once();
     // Wrong usage leaves through clap with code 2, `--help` with code 0.
     let cli = Cli::read(std::env::args_os()).unwrap_or_else(|err| err.exit());
     match run(&cli) {

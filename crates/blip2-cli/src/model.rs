@@ -9,6 +9,7 @@ use blip2::mini;
 use blip2::model::{Captioner, Matcher, Model};
 
 use crate::cli::{GenerateArgs, Global, ScopeName};
+use crate::memory;
 use crate::progress::Progress;
 
 /// Finds the model that `name` stands for and reads its description.
@@ -37,14 +38,20 @@ pub(crate) fn open(name: &str) -> anyhow::Result<Model> {
 pub(crate) fn captioner(global: &Global) -> anyhow::Result<Captioner> {
     let mut bar = Progress::bytes();
     let model = open(&global.model)?;
-    Ok(model.captioner(global.weights, &mut |name, done, total| bar.update(name, done, total))?)
+    let loaded =
+        model.captioner(global.weights, &mut |name, done, total| bar.update(name, done, total))?;
+    memory::keep();
+    Ok(loaded)
 }
 
 /// Loads what matches and embeds.
 pub(crate) fn matcher(global: &Global) -> anyhow::Result<Matcher> {
     let mut bar = Progress::bytes();
     let model = open(&global.model)?;
-    Ok(model.matcher(global.weights, &mut |name, done, total| bar.update(name, done, total))?)
+    let loaded =
+        model.matcher(global.weights, &mut |name, done, total| bar.update(name, done, total))?;
+    memory::keep();
+    Ok(loaded)
 }
 
 /// The search that was typed: sampling if one of its flags was given, else beams, else greedy.

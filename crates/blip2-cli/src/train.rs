@@ -8,15 +8,16 @@ use anyhow::Context as _;
 use blip2_train::budget::Budget;
 use blip2_train::data::mini::{self, MiniConfig};
 use blip2_train::data::package::Origin;
+use blip2_train::log::StepRecord;
 use blip2_train::monitor::RunLog;
 use blip2_train::recipe::{DataBuild, Length, RecipeFile};
 use blip2_train::tasks::{Session, Trained, train_recipe, use_threads};
-use blip2_train::trainer::{Monitor, Resume};
+use blip2_train::trainer::{Monitor, Resume, Start};
 use serde_json::json;
 
 use crate::cli::{Global, TrainArgs};
 use crate::progress::{Progress, say};
-use crate::{Outcome, output};
+use crate::{Outcome, memory, output};
 
 /// Training pictures of the set that is drawn, not downloaded.
 const TINY_SAMPLES: usize = 512;
@@ -31,6 +32,7 @@ pub(crate) fn run(global: &Global, args: &TrainArgs) -> anyhow::Result<Outcome> 
     }
     let stop = stop_on_signal()?;
     build_data(&recipe.data.dir, recipe.data.build)?;
+    memory::give_back_at_once();
     let dir = run_dir(&recipe, args.out.as_ref());
     let (mut downloads, mut pictures) = (Progress::bytes(), Progress::pictures());
     let mut session = Session {
@@ -38,9 +40,12 @@ pub(crate) fn run(global: &Global, args: &TrainArgs) -> anyhow::Result<Outcome> 
         resume: if args.resume { Resume::Yes } else { Resume::No },
         stop: &stop,
         download: &mut |name, done, total| downloads.update(name, done, total),
-        encoding: &mut |done, total| pictures.update("encoding pictures", done, total),
+        encoding: &mut |done, total| {
+            memory::keep();
+            pictures.update("encoding pictures", done, total);
+        },
         monitor: &mut |_, dir, recipe| -> Box<dyn Monitor> {
-            Box::new(RunLog::new(dir, recipe.runtime.log_every))
+            Box::new(Loaded(RunLog::new(dir, recipe.runtime.log_every)))
         },
     };
     match train_recipe(&recipe, &mut session)? {
@@ -54,6 +59,24 @@ pub(crate) fn run(global: &Global, args: &TrainArgs) -> anyhow::Result<Outcome> 
             say(&format!("try it: blip2 caption --model {} PICTURE", quoted(&model)));
             Ok(Outcome::AllFine)
         }
+    }
+}
+
+/// A run's log, at whose first line the model is in memory.
+struct Loaded(RunLog);
+
+impl Monitor for Loaded {
+    fn start(&mut self, start: &Start) -> blip2_train::Result<()> {
+        memory::keep();
+        self.0.start(start)
+    }
+
+    fn step(&mut self, record: &StepRecord, waiting: f64) -> blip2_train::Result<()> {
+        self.0.step(record, waiting)
+    }
+
+    fn note(&mut self, text: &str) {
+        self.0.note(text);
     }
 }
 
@@ -130,6 +153,7 @@ pub(crate) fn build_data(dir: &Path, build: DataBuild) -> anyhow::Result<()> {
         }
     };
     say(&format!("building the data set in {}", dir.display()));
+    memory::keep();
     mini::build(&config, &say)
         .with_context(|| format!("building the data set in {}", dir.display()))?;
     Ok(())

@@ -235,6 +235,17 @@ impl Params {
     /// # Errors
     /// If it can't be read, or there are too many problems already.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        self.read(name, shape, |tensor| Ok(tensor.to_dtype(DType::F32)?.contiguous()?))
+    }
+
+    /// [`Self::tensor`], `converted`: a large matrix stays in the type it is stored in, and in memory once, until it has the
+    /// format it is kept in.
+    fn read(
+        &self,
+        name: &str,
+        shape: &[usize],
+        converted: impl Fn(Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
         let path = self.path(name);
         let problem = match self.source.tensors.get(&path) {
             None => format!("missing {path} {shape:?}"),
@@ -247,7 +258,7 @@ impl Params {
                     // Converting would cut the tie to the variable; the store already holds f32.
                     return stored.load();
                 } else {
-                    let load = || Ok(stored.load()?.to_dtype(DType::F32)?.contiguous()?);
+                    let load = || converted(stored.load()?);
                     let tensor =
                         load().map_err(|err: Error| self.source.named_tensor(&path, err))?;
                     if is_finite(&tensor)? {
@@ -266,11 +277,10 @@ impl Params {
     /// # Errors
     /// If the weight can't be stored in the wanted format.
     pub fn linear(&self, input: usize, output: usize, bias: bool) -> Result<Linear> {
-        let weight = self.tensor("weight", &[output, input])?;
         let bias = if bias { Some(self.tensor("bias", &[output])?) } else { None };
         match self.source.kind {
-            Kind::Trained => Ok(Linear::trained(weight, bias)),
-            Kind::Frozen(format) => Ok(Linear::frozen(FrozenWeight::new(&weight, format)?, bias)),
+            Kind::Trained => Ok(Linear::trained(self.tensor("weight", &[output, input])?, bias)),
+            Kind::Frozen(_) => Ok(Linear::frozen(self.matrix("weight", output, input)?, bias)),
         }
     }
 
@@ -284,7 +294,7 @@ impl Params {
             Kind::Trained => WeightFormat::F32,
             Kind::Frozen(format) => format,
         };
-        Ok(FrozenWeight::new(&self.tensor(name, &[rows, columns])?, format)?)
+        Ok(FrozenWeight::new(&self.read(name, &[rows, columns], Ok)?, format)?)
     }
 
     /// The shape of the tensor called `name`, if there is one.
