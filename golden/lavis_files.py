@@ -90,9 +90,12 @@ def stage2(lavis_class, stage1, encoder, llm, projection):
     linear.bias.data = 0.1 * torch.randn(width, generator=generator)
     rounded(linear)
     setattr(model, projection, linear)
-    # A run saves what it trains; the encoder and the language model are frozen.
-    saved = half(model.state_dict())
     model.visual_encoder = encoder
+    setattr(model, projection.replace("proj", "model"), llm)
+    # As a run of LAVIS saves: everything but the names of frozen parameters, of which a tied one has more than are listed.
+    llm.requires_grad_(False), encoder.requires_grad_(False)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    saved = half({name: tensor for name, tensor in model.state_dict().items() if name not in frozen})
     return model.eval().requires_grad_(False), saved
 
 
@@ -207,11 +210,10 @@ def main():
     from lavis.models.blip2_models.blip2_t5 import Blip2T5
 
     results = []
-    for t5, shards in ((False, "1GB"), (True, "9KB")):
+    for t5, shards in ((False, "1GB"), (True, "25KB")):
         name = "t5" if t5 else "opt"
         tokenizer, llm, end = language(t5)
         model, saved = stage2(Blip2T5 if t5 else Blip2OPT, rounded(tiny.stage1_model(args.lavis)), eva, llm, name + "_proj")
-        setattr(model, name + "_model", llm)
         torch.save({"model": saved}, path(f"stage2_{name}.pth"), _use_new_zipfile_serialization=t5)
         copy.deepcopy(llm).half().save_pretrained(path(name), safe_serialization=False, max_shard_size=shards)
         if t5:

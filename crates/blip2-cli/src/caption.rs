@@ -3,12 +3,12 @@
 use std::path::Path;
 
 use blip2::generate::{Hypothesis, Options};
+use blip2::model::Manifest;
 use serde_json::{Value, json};
 
 use crate::cli::{CaptionArgs, Global};
 use crate::output::Row;
 use crate::pictures::Found;
-use crate::progress::say;
 use crate::{Outcome, model};
 
 pub(crate) fn run(global: &Global, args: &CaptionArgs) -> anyhow::Result<Outcome> {
@@ -29,18 +29,17 @@ pub(crate) fn run(global: &Global, args: &CaptionArgs) -> anyhow::Result<Outcome
     })
 }
 
-/// The stage that was asked for, else the last there is.
+/// The stage that was asked for, else the second. That the first one could write, too, is worth a hint and no more: its
+/// captions are those of a model in training.
 fn stage(global: &Global, args: &CaptionArgs) -> anyhow::Result<u8> {
     if let Some(stage) = args.stage {
         return Ok(stage);
     }
-    let manifest = model::open(&global.model)?.manifest;
-    let only_first =
-        manifest.stage2.is_none() && manifest.stage1.is_some_and(|s| !s.config.matching_only);
-    if only_first {
-        say("this model has no second stage: the first one writes the captions");
+    let Manifest { name, stage1, stage2, .. } = model::open(&global.model)?.manifest;
+    if stage2.is_none() && stage1.is_some_and(|part| !part.config.matching_only) {
+        anyhow::bail!("model {name} has no stage-2 part; its first stage captions with --stage 1");
     }
-    Ok(if only_first { 1 } else { 2 })
+    Ok(2)
 }
 
 fn by_first_stage(

@@ -265,7 +265,7 @@ pub(crate) struct CaptionArgs {
     /// Text the caption goes on from
     #[arg(long, env = "BLIP2_PROMPT", value_name = "P")]
     pub(crate) prompt: Option<String>,
-    /// Which stage writes: the second, with its language model, or the first with its own head [default: the last there is]
+    /// Which stage writes: the second, with its language model, or the first with its own head [default: 2]
     #[arg(long, env = "BLIP2_STAGE", value_parser = clap::value_parser!(u8).range(1..=2))]
     pub(crate) stage: Option<u8>,
     /// Captions per picture, best first

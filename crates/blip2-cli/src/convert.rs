@@ -58,7 +58,11 @@ fn write(args: &ConvertArgs, parts: &Parts, default: Layout) -> anyhow::Result<u
     let dtype = args.dtype.map(dtype);
     new_folder::write(&args.to, |to| {
         Ok(match args.layout.unwrap_or(default) {
-            Layout::Hf => parts.write_hf(half(args, parts)?, dtype, to)?,
+            Layout::Hf => {
+                let half = half(args, parts)?;
+                parts.lost(half).iter().for_each(|lost| say(&format!("note: {lost}")));
+                parts.write_hf(half, dtype, to)?
+            }
             Layout::Blip2 => parts.write_folder(dtype, to)?,
         })
     })

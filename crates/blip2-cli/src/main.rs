@@ -7,6 +7,7 @@ mod convert;
 mod data;
 mod embed;
 mod eval;
+mod hub;
 mod inspect;
 mod matching;
 mod memory;

@@ -4,13 +4,13 @@ use std::path::Path;
 
 use anyhow::Context as _;
 use blip2::generate::{Beam, Options, RepetitionScope, Sampling, Strategy};
-use blip2::hub::{Hub, HubId};
+use blip2::hub::HubId;
 use blip2::mini;
 use blip2::model::{Captioner, Matcher, Model};
 
 use crate::cli::{GenerateArgs, Global, ScopeName};
-use crate::memory;
 use crate::progress::Progress;
+use crate::{hub, memory};
 
 /// Finds the model that `name` stands for and reads its description.
 pub(crate) fn open(name: &str) -> anyhow::Result<Model> {
@@ -28,7 +28,7 @@ pub(crate) fn open(name: &str) -> anyhow::Result<Model> {
     };
     let mut bar = Progress::bytes();
     let mut progress = |name: &str, done, total| bar.update(name, done, total);
-    let folder = Hub::from_env()?
+    let folder = hub::from_env()?
         .folder(&id, &mut progress)
         .with_context(|| format!("--model {name}: no such folder here, so a name on the hub"))?;
     Model::open_folder(&folder).with_context(|| format!("--model {name}"))

@@ -1,12 +1,11 @@
 //! `blip2 pull`: fetch a model's parts into the cache, checked against their hashes; a model of the hub into its own.
 
 use blip2::assets::{self, Check};
-use blip2::hub::Hub;
 use serde_json::json;
 
 use crate::cli::{Global, PullArgs, PullName};
 use crate::progress::Progress;
-use crate::{Outcome, output};
+use crate::{Outcome, hub, output};
 
 pub(crate) fn run(global: &Global, args: &PullArgs) -> anyhow::Result<Outcome> {
     let mut bar = Progress::bytes();
@@ -20,7 +19,7 @@ pub(crate) fn run(global: &Global, args: &PullArgs) -> anyhow::Result<Outcome> {
             let parts = assets::bert_minilm(Check::Full, &mut progress)?;
             vec![parts.weights, parts.vocab]
         }
-        PullName::Hub(id) => vec![Hub::from_env()?.fetch(id, &mut progress)?],
+        PullName::Hub(id) => vec![hub::from_env()?.fetch(id, &mut progress)?],
     };
     drop(bar);
     for file in files {

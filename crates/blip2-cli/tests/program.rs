@@ -436,8 +436,7 @@ fn converts(world: &World) {
 fn changes_its_layout(world: &World) {
     let ran = |line: &str| world.run(&format!("{line} --format jsonl")).exits(0).rows();
     let caption = |model: &str| {
-        let prompt = "--prompt picture --max-new-tokens 4";
-        ran(&format!("caption nested/a {prompt} --model {model}"))[0]["captions"][0]["tokens"]
+        ran(&format!("caption nested/a --prompt picture --max-new-tokens 4 --model {model}"))[0]["captions"][0]["tokens"]
             .clone()
     };
     let score = |model: &str| {
@@ -456,6 +455,7 @@ fn changes_its_layout(world: &World) {
     }
     assert_eq!(caption("layouts/hf"), caption("run/model"));
     ran("convert layouts/hf layouts/back");
+    assert_eq!(ran("inspect layouts/back")[0]["parts"].as_array().unwrap().len(), 3);
     assert_eq!(caption("layouts/back"), caption("run/model"));
     ran("convert run/model layouts/matching --stage 1");
     let (there, here) = (score("layouts/matching"), score("run/model"));

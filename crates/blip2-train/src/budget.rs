@@ -18,9 +18,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::init;
-use crate::parts::{RANDOM_VOCAB, llm_format, vision_format};
 use crate::recipe::{
-    BertSection, BertShape, LlmSection, LlmShape, Recipe, Stage, VisionSection, VisionShape,
+    BertSection, BertShape, LlmSection, LlmShape, RANDOM_VOCAB, Recipe, Stage, VisionSection,
+    VisionShape,
 };
 use crate::{Error, Result};
 
@@ -98,7 +98,7 @@ impl Budget {
             vision,
             llm: 0,
             pictures: per_step,
-            frozen_bytes: bytes(vision, Some(vision_format(&recipe.model.vision)?)),
+            frozen_bytes: bytes(vision, Some(recipe.model.vision.format()?)),
             trained_bytes: 0,
             activation_bytes: 0,
             flops: [0.0; 3],
@@ -123,7 +123,7 @@ impl Budget {
                 let projection = (llm.width * q.width + llm.width) as u64;
                 budget.trained = kept.map(|(_, shape)| count(shape)).sum::<u64>() + projection;
                 budget.llm = llm.params;
-                budget.frozen_bytes += bytes(llm.params, llm_format(&recipe.model.llm)?);
+                budget.frozen_bytes += bytes(llm.params, recipe.model.llm.format()?);
                 budget.flops[1] = 3.0 * pictures * query_flops(q, tokens);
                 let text = (CAPTION_TOKENS + 2).min(*max_text_len) * texts_per_picture;
                 // Forward, and backward to what it read.
@@ -133,7 +133,7 @@ impl Budget {
         };
         if recipe.trains_vision() {
             budget.trained += vision;
-            budget.frozen_bytes -= bytes(vision, Some(vision_format(&recipe.model.vision)?));
+            budget.frozen_bytes -= bytes(vision, Some(recipe.model.vision.format()?));
             // Forward, again in the backward pass, and that.
             budget.flops[0] *= 4.0;
         }

@@ -29,7 +29,6 @@ use blip2::stored::Stored;
 use blip2::tokenizer::Tokenizer;
 use blip2::vit::VitConfig;
 use blip2::{params, shards};
-use blip2_ops::WeightFormat;
 use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 use serde_json::json;
@@ -40,8 +39,8 @@ use crate::init;
 use crate::optim;
 use crate::order::purpose;
 use crate::recipe::{
-    BertSection, BertShape, LlmSection, ModelSection, QformerSection, Recipe, VisionSection,
-    VisionShape, weight_format,
+    BertSection, BertShape, LlmSection, ModelSection, QformerSection, RANDOM_VOCAB, Recipe,
+    VisionSection, VisionShape,
 };
 use crate::rng::Rng;
 use crate::{Error, Result};
@@ -57,8 +56,6 @@ pub const STAGE2: &str = "stage2.safetensors";
 const LN_VISION_EPS: f64 = 1e-5;
 /// Longest text of a random part, in tokens.
 const RANDOM_POSITIONS: usize = 512;
-/// Tokens of a random language model: bytes, start, end, picture.
-pub(crate) const RANDOM_VOCAB: usize = 259;
 
 /// A run's model folder with its frozen parts in place.
 #[derive(Debug, Clone)]
@@ -103,7 +100,6 @@ impl Base {
         let bert = Bert::open(&qformer.init, texts, &mut *progress)?;
         write_atomic(&dir.join(VOCAB), &bert.vocab)?;
         let vision_part = vision_part(vision, recipe.seed, dir)?;
-        check_llm(llm)?;
         if let LlmSection::Random { .. } = llm {
             random_llm(llm, recipe.seed, &dir.join(LLM))?;
         }
@@ -117,13 +113,17 @@ impl Base {
             stage2: None,
         });
         manifest.vision = vision_part;
-        manifest.llm = Some(LlmPart {
-            weights: match llm {
-                LlmSection::Mini { .. } => PartFile::Mini,
-                LlmSection::Directory { path, .. } => llm_in(path)?,
-                LlmSection::Random { .. } => PartFile::File(LLM.into()),
-            },
-        });
+        let weights = match llm {
+            LlmSection::Mini { .. } => Some(PartFile::Mini),
+            // The first stage reads no language model, and the folder need not be there yet.
+            LlmSection::Directory { .. } if recipe.stage_number() == 1 => None,
+            LlmSection::Directory { path, .. } => {
+                check_llm(llm)?;
+                Some(llm_in(path)?)
+            }
+            LlmSection::Random { .. } => Some(PartFile::File(LLM.into())),
+        };
+        manifest.llm = weights.map(|weights| LlmPart { weights }).or(manifest.llm);
         base.write(&manifest)?;
         base.vision_key = vision_key(&base.model()?)?;
         Ok(base)
@@ -626,29 +626,4 @@ fn byte_tokenizer() -> serde_json::Value {
             "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
             "vocab": vocab, "merges": []},
     })
-}
-
-/// The weight format of the frozen image encoder.
-///
-/// # Errors
-/// If the recipe's format is not one of ours; a checked recipe's is.
-pub fn vision_format(section: &VisionSection) -> Result<WeightFormat> {
-    match section {
-        VisionSection::Directory { weights, .. } => weight_format("model.vision.weights", weights),
-        VisionSection::Mini { .. } | VisionSection::Random { .. } => Ok(WeightFormat::F32),
-    }
-}
-
-/// The weight format of the frozen language model; `None` keeps what is stored.
-///
-/// # Errors
-/// If the recipe's format is not one of ours; a checked recipe's is.
-pub fn llm_format(section: &LlmSection) -> Result<Option<WeightFormat>> {
-    match section {
-        LlmSection::Mini { weights } if weights == "stored" => Ok(None),
-        LlmSection::Mini { weights } | LlmSection::Directory { weights, .. } => {
-            weight_format("model.llm.weights", weights).map(Some)
-        }
-        LlmSection::Random { .. } => Ok(None),
-    }
 }

@@ -13,6 +13,9 @@ use crate::checkpoint::sha256;
 use crate::schedule::ScheduleKind;
 use crate::{Error, Result};
 
+/// Tokens of a random language model: bytes, start, end, picture.
+pub(crate) const RANDOM_VOCAB: usize = 259;
+
 /// A recipe file as written.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -826,8 +829,37 @@ fn ordered(field: &str, [low, high]: [f64; 2], max: f64) -> Result<()> {
     require(ok, field, format!("[{low}, {high}]"), &wanted)
 }
 
+impl VisionSection {
+    /// How the matrices of the image encoder are held while it is frozen.
+    ///
+    /// # Errors
+    /// If the format is not one of ours; a checked recipe's is.
+    pub fn format(&self) -> Result<WeightFormat> {
+        match self {
+            Self::Directory { weights, .. } => weight_format("model.vision.weights", weights),
+            Self::Mini { .. } | Self::Random { .. } => Ok(WeightFormat::F32),
+        }
+    }
+}
+
+impl LlmSection {
+    /// How the matrices of the language model are held; `None` keeps what is stored.
+    ///
+    /// # Errors
+    /// If the format is not one of ours; a checked recipe's is.
+    pub fn format(&self) -> Result<Option<WeightFormat>> {
+        match self {
+            Self::Mini { weights } if weights == "stored" => Ok(None),
+            Self::Mini { weights } | Self::Directory { weights, .. } => {
+                weight_format("model.llm.weights", weights).map(Some)
+            }
+            Self::Random { .. } => Ok(None),
+        }
+    }
+}
+
 /// How the matrices of a frozen part are held.
-pub(crate) fn weight_format(field: &str, value: &str) -> Result<WeightFormat> {
+fn weight_format(field: &str, value: &str) -> Result<WeightFormat> {
     let format = value.parse();
     require(format.is_ok(), field, value, "f32, f16, q8_0 or q4_k")?;
     Ok(format.unwrap_or(WeightFormat::F32))

@@ -33,7 +33,7 @@ use crate::encoder::{self, Encoder, Shown};
 use crate::features::{Build, FeatureCache, FeatureShape};
 use crate::monitor::{CURVES, draw_curves};
 use crate::order::{BatchPlan, purpose};
-use crate::parts::{Base, llm_format, read_start, vision_format};
+use crate::parts::{Base, read_start};
 use crate::recipe::{
     CaptionChoice, ProjInit, Recipe, RecipeFile, Stage, Stage1Init, Stage2Init, VisionSection,
 };
@@ -750,7 +750,7 @@ fn train_stage(
     let config = base.stage1_config(&recipe.model.qformer, model.manifest.vision.config.width)?;
     let mut vision = None;
     if !recipe.trains_vision() {
-        let format = vision_format(&recipe.model.vision)?;
+        let format = recipe.model.vision.format()?;
         let frozen = model.vision(format, &mut *session.download)?;
         if !pictures.encode(recipe, &base, &frozen, &mut *session.encoding, session.stop)? {
             return Ok(None);
@@ -770,7 +770,7 @@ fn train_stage(
         }
         Stage::Two { init, prompt, question_prompt, .. } => {
             let weights = stage1_weights(init, session.dir);
-            let llm = base.model()?.llm(llm_format(&recipe.model.llm)?, &mut *session.download)?;
+            let llm = base.model()?.llm(recipe.model.llm.format()?, &mut *session.download)?;
             let start = (&config, weights.as_deref());
             let task = Stage2Task::new(recipe, &base, &pictures, start, llm, vision.as_ref())?;
             let outcome = train(&task, recipe, &run, &mut *monitor)?;

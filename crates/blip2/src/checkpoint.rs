@@ -215,17 +215,28 @@ pub fn from_bert(tensors: BTreeMap<String, Tensor>) -> Result<BTreeMap<String, T
         if name.starts_with("pooler.") || name.starts_with("cls.") {
             return Some(String::new());
         }
-        look_up(BERT, name)
+        // The first BERTs, still so on the hub.
+        let name = match name.rsplit_once('.') {
+            Some((norm, "gamma")) => format!("{norm}.weight"),
+            Some((norm, "beta")) => format!("{norm}.bias"),
+            _ => name.to_owned(),
+        };
+        look_up(BERT, &name)
     })
 }
 
-/// Renames the trained parts of a LAVIS checkpoint (no image encoder, no language model).
+/// Renames the trained parts of a LAVIS checkpoint (no image encoder). A run of LAVIS saves what it trains by the names of
+/// its parameters, and of a tied one's names only the first counts: single tensors of the frozen language model are left
+/// in its files. They are passed over.
 ///
 /// # Errors
 /// If a tensor is none of LAVIS's.
 pub fn from_lavis<T>(tensors: BTreeMap<String, T>) -> Result<BTreeMap<String, T>> {
     rename(tensors, |name| match name.strip_prefix("Qformer.bert.") {
         Some(rest) => look_up(BERT, rest).or_else(|| look_up(LAVIS_QFORMER, rest)),
+        None if name.starts_with("opt_model.") || name.starts_with("t5_model.") => {
+            Some(String::new())
+        }
         None => look_up(LAVIS, name),
     })
 }
@@ -311,5 +322,22 @@ mod tests {
         );
         assert_eq!(found("embeddings.position_ids").as_deref(), Some(""));
         assert_eq!(found("encoder.layer.1.attention.self.query_weight"), None);
+    }
+
+    /// The norms of bert-base-uncased, and what a run of LAVIS leaves of a tied head.
+    #[test]
+    fn old_names_and_remains_are_known() {
+        let one = |name: &str| {
+            let zero =
+                Tensor::zeros(1, candle_core::DType::F32, &candle_core::Device::Cpu).unwrap();
+            BTreeMap::from([(name.to_owned(), zero)])
+        };
+        let names = |found: BTreeMap<String, Tensor>| found.into_keys().collect::<Vec<_>>();
+        let found = from_bert(one("bert.encoder.layer.1.output.LayerNorm.gamma")).unwrap();
+        assert_eq!(names(found), ["qformer.layers.1.ffn_text.norm.weight"]);
+        let found = from_bert(one("bert.embeddings.LayerNorm.beta")).unwrap();
+        assert_eq!(names(found), ["qformer.embed_norm.bias"]);
+        assert!(from_lavis(one("opt_model.lm_head.weight")).unwrap().is_empty());
+        assert!(from_lavis(one("llm.lm_head.weight")).is_err());
     }
 }

@@ -151,6 +151,8 @@ impl Parts {
     /// If a frozen part is not given, a file can't be read, or a tensor is unknown.
     pub fn of_lavis(path: &Path, frozen: &FrozenFiles) -> Result<Self> {
         let lavis = Lavis::new(shards::open_file(path)?, frozen.heads, path)?;
+        // Stage 2 is trained with its image encoder to caption, and then behind these words.
+        let caption_prompt = if lavis.vision.is_some() { "a photo of" } else { "" };
         let vision = match (lavis.vision, &frozen.vision) {
             (Some(tensors), _) => lavis::vision(tensors, frozen.heads, path)?,
             (None, Some(file)) => lavis::vision(shards::open_file(file)?, frozen.heads, file)?,
@@ -191,7 +193,7 @@ impl Parts {
                 parts.stage2 = Some(Two {
                     config,
                     tensors: lavis.bridge,
-                    caption_prompt: String::new(),
+                    caption_prompt: caption_prompt.into(),
                     question_prompt: question.into(),
                 });
             }
@@ -205,6 +207,37 @@ impl Parts {
         let one = self.stage1.is_some().then_some(Half::Matches);
         let two = self.stage2.is_some().then_some(Half::Generates);
         one.into_iter().chain(two).collect()
+    }
+
+    /// What a Hugging Face folder of one half does not hold, or holds otherwise: a person should know.
+    #[must_use]
+    pub fn lost(&self, half: Half) -> Vec<String> {
+        let encoder_eps = self.vision.0.layer_norm_eps;
+        let (eps, mut lost) = match (half, &self.stage1, &self.stage2) {
+            (Half::Matches, Some(one), _) if !one.config.matching_only => {
+                let parts = "the temperature and the head that writes captions have no place in it";
+                (one.config.ln_vision_eps, vec![parts.to_owned()])
+            }
+            (Half::Matches, Some(one), _) => (one.config.ln_vision_eps, Vec::new()),
+            (_, _, Some(two)) => (two.config.ln_vision_eps, Vec::new()),
+            _ => return Vec::new(),
+        };
+        if eps != encoder_eps {
+            lost.push(format!(
+                "ln_vision has the epsilon {eps:e} and will have that of the image encoder, {encoder_eps:e}"
+            ));
+        }
+        if self
+            .stage2
+            .as_ref()
+            .is_some_and(|two| half == Half::Generates && !two.caption_prompt.is_empty())
+        {
+            lost.push(
+                "its prompts are kept for this program alone, transformers does not read them"
+                    .into(),
+            );
+        }
+        lost
     }
 
     /// Writes one half as a Hugging Face folder, its weights in `dtype` or as they are. Returns the bytes of the weights.
@@ -304,13 +337,15 @@ impl Parts {
         })?;
         let image = llm.image_token()?;
         config["architectures"] = json!(["Blip2ForConditionalGeneration"]);
+        if let Some(two) = &self.stage2 {
+            config["blip2"] = json!({
+                "caption_prompt": two.caption_prompt, "question_prompt": two.question_prompt,
+            });
+        }
         config["use_decoder_only_language_model"] = (!llm.is_t5()).into();
         config["image_token_index"] = image.id.into();
         let mut text = llm.config.clone();
-        text["eos_token_id"] = match llm.end_ids[..] {
-            [one] => one.into(),
-            _ => json!(llm.end_ids),
-        };
+        text["eos_token_id"] = llm.eos_json();
         config["text_config"] = text;
         for (name, tensor) in llm.hf_tensors() {
             tensors.insert(format!("language_model.{name}"), tensor.into());
@@ -463,6 +498,10 @@ impl Parts {
             let mut config = llm.config.clone();
             config["eos_token_id"] = llm.end_ids.first().copied().unwrap_or(2).into();
             write_json(&inner.join("config.json"), &config)?;
+            if llm.end_ids.len() > 1 {
+                let all = json!({"eos_token_id": llm.end_ids});
+                write_json(&inner.join("generation_config.json"), &all)?;
+            }
             let sources = llm.hf_tensors().into_iter().map(|(n, t)| (n, t.into())).collect();
             bytes += self.write_weights(&sources, dtype, SHARD, &inner)?;
             let path = inner.join("tokenizer.json");
@@ -510,7 +549,7 @@ impl Language {
     fn of_folder(folder: &Path) -> Result<Self> {
         let config = read_json(&folder.join("config.json"))?;
         let tokenizer = llm::tokenizer_of(folder, &config)?;
-        let end_ids = vec![tokenizer.special().eos];
+        let end_ids = llm::end_ids(folder, &tokenizer)?;
         let tensors = shards::open(folder)?;
         Ok(Self { config, tensors, tokenizer, end_ids, files: Some(folder.to_path_buf()) })
     }
@@ -536,6 +575,14 @@ impl Language {
 
     fn is_t5(&self) -> bool {
         self.config["model_type"] == "t5"
+    }
+
+    /// The ids that end a text, as configurations have them.
+    fn eos_json(&self) -> Value {
+        match self.end_ids[..] {
+            [one] => one.into(),
+            _ => json!(self.end_ids),
+        }
     }
 
     fn words(&self) -> Option<&Stored> {

@@ -58,6 +58,15 @@ struct Config {
     image_text_hidden_size: usize,
     #[serde(default)]
     image_token_index: Option<u32>,
+    /// What this program adds when it writes such a folder: transformers has no place for prompts.
+    #[serde(default)]
+    blip2: Option<Prompts>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+struct Prompts {
+    caption_prompt: String,
+    question_prompt: String,
 }
 
 impl Config {
@@ -360,9 +369,13 @@ impl Checkpoint {
         config
     }
 
-    /// Text before a caption, and before an answer (`{}` stands for the question): what the paper used with this family.
+    /// Text before a caption, and before an answer (`{}` stands for the question): what this program wrote down, else what
+    /// the paper used with this family.
     #[must_use]
-    pub fn prompts(&self) -> (&'static str, &'static str) {
+    pub fn prompts(&self) -> (&str, &str) {
+        if let Some(prompts) = &self.config.blip2 {
+            return (&prompts.caption_prompt, &prompts.question_prompt);
+        }
         let question =
             if self.is_t5() { "Question: {} Short answer:" } else { "Question: {} Answer:" };
         ("", question)
@@ -403,7 +416,12 @@ impl Checkpoint {
             SpecialIds { bos: None, eos, pad: ids.pad_token_id.unwrap_or(0) }
         } else {
             SpecialIds {
-                bos: self.generation.bos_token_id.or(ids.bos_token_id).or(Some(2)),
+                // transformers' defaults, of LLaMA and of OPT.
+                bos: self
+                    .generation
+                    .bos_token_id
+                    .or(ids.bos_token_id)
+                    .or(Some(if ids.model_type.as_deref() == Some("llama") { 1 } else { 2 })),
                 eos,
                 pad: self.generation.pad_token_id.or(ids.pad_token_id).unwrap_or(1),
             }

@@ -1,17 +1,15 @@
 //! Models by name from the Hugging Face hub, in the cache that its Python library uses too.
 //!
 //! ```text
-//! $HF_HUB_CACHE, $HF_HOME/hub, $XDG_CACHE_HOME/huggingface/hub or ~/.cache/huggingface/hub
-//!   models--ORG--NAME/
+//! CACHE/models--ORG--NAME/
 //!     refs/main                     the commit that a branch or tag stood for when it was last asked
 //!     blobs/ETAG  ETAG.incomplete   contents; an incomplete one is gone on with
 //!     snapshots/COMMIT/FILE         links to blobs
-//!   .locks/models--ORG--NAME/       one process fetches a file, others wait
+//! CACHE/.locks/models--ORG--NAME/     one process fetches a file, others wait
 //! ```
 //!
-//! A snapshot that is whole is used without asking the hub; [`Hub::fetch`] asks for the newest. `HF_ENDPOINT`, `HF_TOKEN`,
-//! `HF_TOKEN_PATH` and `HF_HUB_OFFLINE` mean what they mean there. The token goes to the hub, never to a host that it
-//! sends us on to.
+//! A snapshot that is whole is used without asking the hub; [`Hub::fetch`] asks for the newest. The token goes to the hub, never
+//! to a host that it sends us on to.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -27,11 +25,13 @@ use ureq::http::{HeaderMap, Response, StatusCode};
 use ureq::{Agent, Body};
 
 use crate::assets::Progress;
-use crate::{Error, Result};
+use crate::{Error, Result, shards};
 
-const ENDPOINT: &str = "https://huggingface.co";
-/// Attempts at one file before giving up; each goes on where the last one stopped.
+/// Attempts in a row that bring nothing before giving up; each goes on where the last one stopped.
 const ATTEMPTS: u32 = 5;
+/// Longest time that one answer's content may take. Then it is asked for again, from where it stopped, so that a hub that has
+/// fallen silent is noticed.
+const CONTENT_PATIENCE: Duration = Duration::from_secs(60);
 /// A hub that is silent for so long is not there.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Longest text that the hub may answer with: a list of files, an index of shards.
@@ -55,8 +55,6 @@ const SMALL_FILES: [&str; 14] = [
     "spiece.model",
     "tokenizer.model",
 ];
-/// What a folder's weights may be called, the better ones first.
-const WEIGHTS: [&str; 2] = ["model.safetensors", "pytorch_model.bin"];
 
 /// `ORG/NAME` or `ORG/NAME@REVISION`: a model on the hub, at a branch, tag or commit (else `main`).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -105,67 +103,23 @@ pub struct Hub {
     token: Option<String>,
     offline: bool,
     agent: Agent,
-    /// Waited before the second attempt at a file, twice as long before the third, and so on.
+    /// Waited before the second attempt in a row that brings nothing, twice as long before the third, and so on.
     pause: Duration,
 }
 
 impl Hub {
-    /// The hub as the environment describes it.
-    ///
-    /// # Errors
-    /// If no variable says where the cache should be, or `HF_TOKEN_PATH` can't be read.
-    pub fn from_env() -> Result<Self> {
-        let var = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
-        let home = var("HF_HOME").map(PathBuf::from).or_else(|| {
-            let cache = var("XDG_CACHE_HOME").map(PathBuf::from);
-            let cache = cache.or_else(|| Some(std::env::home_dir()?.join(".cache")));
-            Some(cache?.join("huggingface"))
-        });
-        let cache = var("HF_HUB_CACHE")
-            .map(PathBuf::from)
-            .or_else(|| Some(home.as_ref()?.join("hub")))
-            .ok_or_else(|| {
-                Error::Config("no place for models of the hub: set HF_HOME to a folder".into())
-            })?;
-        let token = match (var("HF_TOKEN"), var("HF_TOKEN_PATH")) {
-            (Some(token), _) => Some(token),
-            (None, Some(path)) => Some(fs::read_to_string(&path).map_err(Error::io(&path))?),
-            (None, None) => home.and_then(|home| fs::read_to_string(home.join("token")).ok()),
-        };
-        let yes =
-            |value: String| ["1", "true", "yes", "on"].contains(&value.to_lowercase().as_str());
-        let endpoint = var("HF_ENDPOINT").unwrap_or_else(|| ENDPOINT.into());
-        let offline = var("HF_HUB_OFFLINE").is_some_and(yes);
-        Ok(Self::new(&endpoint, cache, token.map(|t| t.trim().to_owned()), offline))
-    }
-
     /// A hub at `endpoint`, its models kept in `cache`.
     #[must_use]
     pub fn new(endpoint: &str, cache: PathBuf, token: Option<String>, offline: bool) -> Self {
-        let config = Agent::config_builder()
-            .http_status_as_error(false)
-            // One by one, by hand: the answer that sends us on holds what names the file's content.
-            .max_redirects(0)
-            .max_redirects_will_error(false)
-            .timeout_connect(Some(PATIENCE))
-            .timeout_recv_response(Some(PATIENCE))
-            .user_agent(concat!("blip2/", env!("CARGO_PKG_VERSION")))
-            .build();
         let endpoint = endpoint.trim_end_matches('/').to_owned();
-        Self {
-            endpoint,
-            cache,
-            token,
-            offline,
-            agent: config.into(),
-            pause: Duration::from_secs(1),
-        }
+        let agent = agent(CONTENT_PATIENCE);
+        Self { endpoint, cache, token, offline, agent, pause: Duration::from_secs(1) }
     }
 
-    /// Changes how long a failed attempt waits before the next one.
+    /// Changes how long a failed attempt waits before the next one, and how long one answer's content may take.
     #[must_use]
-    pub fn with_pause(self, pause: Duration) -> Self {
-        Self { pause, ..self }
+    pub fn with_times(self, pause: Duration, content: Duration) -> Self {
+        Self { pause, agent: agent(content), ..self }
     }
 
     /// The folder of a model: from the cache if it is whole there, else fetched.
@@ -207,7 +161,7 @@ impl Hub {
                 failed(id, "it has no model.safetensors and no pytorch_model.bin")
             })?;
             let path = get(&weights)?;
-            for shard in shards(&path)? {
+            for shard in shards_of(&path)? {
                 get(&shard)?;
             }
         }
@@ -237,8 +191,8 @@ impl Hub {
         if !whole("config.json") {
             return missing("config.json");
         }
-        let Some(weights) = weights(whole) else { return missing(WEIGHTS[0]) };
-        let shards = shards(&folder.join(weights)).map_err(|err| err.to_string())?;
+        let Some(weights) = weights(whole) else { return missing(shards::NAMES[0]) };
+        let shards = shards_of(&folder.join(weights)).map_err(|err| err.to_string())?;
         match shards.iter().find(|shard| !whole(shard)) {
             Some(shard) => missing(shard),
             None => Ok(folder),
@@ -297,7 +251,8 @@ impl Hub {
         lock.lock().map_err(Error::io(&path))?;
         if !path.is_file() {
             let part = repo.join("blobs").join(format!("{}.incomplete", blob.etag));
-            self.patiently(|| {
+            let there = || fs::metadata(&part).map_or(0, |part| part.len());
+            self.as_long_as(there, || {
                 self.download(&url, &blob, &part, &mut |done| progress(name, done, blob.size))
             })
             .map_err(wrong)?;
@@ -425,22 +380,51 @@ impl Hub {
     }
 
     /// Tries again what may pass.
-    fn patiently<T>(
+    fn patiently<T>(&self, attempt: impl FnMut() -> Tried<T>) -> std::result::Result<T, String> {
+        self.as_long_as(|| 0, attempt)
+    }
+
+    /// Tries again what may pass, as long as there is more and more of it.
+    fn as_long_as<T>(
         &self,
+        there: impl Fn() -> u64,
         mut attempt: impl FnMut() -> Tried<T>,
     ) -> std::result::Result<T, String> {
         let mut pause = self.pause;
         let mut left = ATTEMPTS;
         loop {
+            let before = there();
             left -= 1;
-            match attempt() {
+            let reason = match attempt() {
                 Ok(found) => return Ok(found),
-                Err(Failure::Passing(_)) if left > 0 => std::thread::sleep(pause),
-                Err(Failure::Passing(reason) | Failure::Final(reason)) => return Err(reason),
+                Err(Failure::Final(reason)) => return Err(reason),
+                Err(Failure::Passing(reason)) => reason,
+            };
+            if there() > before {
+                (pause, left) = (self.pause, ATTEMPTS);
+                continue;
             }
+            if left == 0 {
+                return Err(reason);
+            }
+            std::thread::sleep(pause);
             pause *= 2;
         }
     }
+}
+
+fn agent(content: Duration) -> Agent {
+    let config = Agent::config_builder()
+        .http_status_as_error(false)
+        // One by one, by hand: the answer that sends us on holds what names the file's content.
+        .max_redirects(0)
+        .max_redirects_will_error(false)
+        .timeout_connect(Some(PATIENCE))
+        .timeout_recv_response(Some(PATIENCE))
+        .timeout_recv_body(Some(content))
+        .user_agent(concat!("blip2/", env!("CARGO_PKG_VERSION")))
+        .build();
+    config.into()
 }
 
 #[derive(Deserialize)]
@@ -526,23 +510,19 @@ fn is_safe(name: &str) -> bool {
 }
 
 fn weights(there: impl Fn(&str) -> bool) -> Option<String> {
-    let names = WEIGHTS.iter().flat_map(|name| [(*name).to_owned(), format!("{name}.index.json")]);
+    let names =
+        shards::NAMES.iter().flat_map(|name| [(*name).to_owned(), format!("{name}.index.json")]);
     names.into_iter().find(|name| there(name))
 }
 
 /// The shards that an index names; none for any other file.
-fn shards(path: &Path) -> Result<BTreeSet<String>> {
-    #[derive(Deserialize)]
-    struct Index {
-        weight_map: std::collections::BTreeMap<String, String>,
+fn shards_of(path: &Path) -> Result<BTreeSet<String>> {
+    let is_index = path.to_string_lossy().ends_with(".index.json");
+    if is_index {
+        Ok(shards::read_index(path)?.into_values().collect())
+    } else {
+        Ok(BTreeSet::new())
     }
-    if !path.to_string_lossy().ends_with(".index.json") {
-        return Ok(BTreeSet::new());
-    }
-    let text = fs::read(path).map_err(Error::io(path))?;
-    let index: Index =
-        serde_json::from_slice(&text).map_err(|err| Error::file(path, err.to_string()))?;
-    Ok(index.weight_map.into_values().collect())
 }
 
 fn sha256(path: &Path) -> io::Result<String> {

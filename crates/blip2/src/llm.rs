@@ -267,9 +267,48 @@ pub fn tokenizer_of(folder: &Path, config: &serde_json::Value) -> Result<Tokeniz
         let merges = folder.join("merges.txt");
         let text = String::from_utf8_lossy(&read(&merges)?).into_owned();
         let made = Tokenizer::from_gpt2(&read(&vocab)?, &text, special);
-        return made.map_err(|err| Error::file(&vocab, err.to_string()));
+        let made = made.map_err(|err| Error::file(&vocab, err.to_string()))?;
+        return ending_with_a_line(made, config);
     }
-    Tokenizer::from_json(&read(&path)?, special).map_err(|err| Error::file(&path, err.to_string()))
+    let made = Tokenizer::from_json(&read(&path)?, special);
+    ending_with_a_line(made.map_err(|err| Error::file(&path, err.to_string()))?, config)
+}
+
+/// OPT as it was published ends a text with the very token that starts one. BLIP-2's ends it with a newline, and so it is
+/// trained here, too.
+fn ending_with_a_line(tokenizer: Tokenizer, config: &serde_json::Value) -> Result<Tokenizer> {
+    let special = tokenizer.special();
+    if config["model_type"] != "opt" || special.bos != Some(special.eos) {
+        return Ok(tokenizer);
+    }
+    match tokenizer.encode("\n", false)?[..] {
+        [newline] => Ok(tokenizer.with_eos(newline)),
+        _ => Ok(tokenizer),
+    }
+}
+
+/// Ids that end a text of the language model in `folder`, whose tokenizer is `tokenizer`: all that its
+/// `generation_config.json` or `config.json` names, if those are several.
+///
+/// # Errors
+/// If one of them can't be read.
+pub fn end_ids(folder: &Path, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+    for name in ["generation_config.json", "config.json"] {
+        let path = folder.join(name);
+        if !path.is_file() {
+            continue;
+        }
+        let text = std::fs::read(&path).map_err(Error::io(&path))?;
+        let config: serde_json::Value =
+            serde_json::from_slice(&text).map_err(|e| Error::file(&path, e.to_string()))?;
+        if let Some(ids) = config["eos_token_id"].as_array().filter(|ids| ids.len() > 1) {
+            let id = |id: &serde_json::Value| id.as_u64().and_then(|id| u32::try_from(id).ok());
+            let found: Option<Vec<u32>> = ids.iter().map(id).collect();
+            let wrong = || Error::file(&path, "eos_token_id holds what is no token id");
+            return found.ok_or_else(wrong);
+        }
+    }
+    Ok(vec![tokenizer.special().eos])
 }
 
 fn special_ids(config: &serde_json::Value) -> Result<SpecialIds> {
@@ -287,6 +326,7 @@ fn special_ids(config: &serde_json::Value) -> Result<SpecialIds> {
     let (bos, eos, pad) = match config["model_type"].as_str() {
         Some("opt") => (Some(2), Some(2), Some(1)),
         Some("t5") => (None, Some(1), Some(0)),
+        Some("llama") => (Some(1), Some(2), None),
         _ => (None, None, None),
     };
     let eos = id("eos_token_id")?.or(eos);

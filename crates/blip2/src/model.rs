@@ -17,7 +17,7 @@ use crate::assets::{self, Check, Progress};
 use crate::generate::{self, Hypothesis};
 use crate::hf::{self, Checkpoint, Kind};
 use crate::image::{self, Normalize, Rgb};
-use crate::llm::{Llm, LlmDecoder};
+use crate::llm::{self, Llm, LlmDecoder};
 use crate::nn;
 use crate::params::{self, Params};
 use crate::shards;
@@ -235,12 +235,16 @@ impl Model {
             names.push(name.clone());
         }
         if let Some(LlmPart { weights: PartFile::File(name) }) = &self.manifest.llm {
-            let inside = ["config.json", "model.safetensors", "tokenizer.json"];
-            let is_folder = self.files.describe(name).is_dir();
-            if is_folder {
-                names.extend(inside.map(|file| format!("{name}/{file}")));
-            } else {
-                names.push(name.clone());
+            match std::fs::read_dir(self.files.describe(name)) {
+                // A folder: its configuration, its tokenizer, its weights in however many files.
+                Ok(entries) => {
+                    let files =
+                        entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+                    let mut files: Vec<_> = files.map(|file| format!("{name}/{file}")).collect();
+                    files.sort_unstable();
+                    names.extend(files);
+                }
+                Err(_) => names.push(name.clone()),
             }
         }
         names
@@ -304,7 +308,14 @@ impl Model {
         self.check_joint(&part.weights, "language model", llm.width(), part.config.llm_width)?;
         let (end_ids, image_token) = match &self.files {
             Files::HuggingFace(checkpoint) => (checkpoint.end_ids(), checkpoint.image_token()),
-            _ => (vec![tokenizer.special().eos], None),
+            _ => {
+                let path = self.llm_path(&mut |_, _, _| {})?;
+                let end_ids = match path.is_dir() {
+                    true => llm::end_ids(&path, &tokenizer)?,
+                    false => vec![tokenizer.special().eos],
+                };
+                (end_ids, None)
+            }
         };
         Ok(Captioner { vision, bridge, llm, tokenizer, part, end_ids, image_token })
     }
@@ -402,7 +413,14 @@ impl Model {
                 let tensors = checkpoint.language_tensors();
                 Ok(tensors.into_iter().map(|(name, tensor)| (name, tensor.dims())).collect())
             }
-            _ => params::shapes(&self.llm_path(progress)?),
+            _ => {
+                let path = self.llm_path(progress)?;
+                if !path.is_dir() {
+                    return params::shapes(&path);
+                }
+                let tensors = shards::open(&path)?;
+                Ok(tensors.into_iter().map(|(name, tensor)| (name, tensor.dims())).collect())
+            }
         }
     }
 

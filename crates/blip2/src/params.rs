@@ -344,26 +344,22 @@ pub fn read_weights(bytes: &[u8], path: &Path) -> Result<BTreeMap<String, Tensor
     Ok(tensors.into_iter().collect())
 }
 
-/// The names and shapes in a GGUF file, or in a folder's `model.safetensors`, without reading any weight.
+/// The names and shapes in a GGUF or safetensors file, without reading any weight.
 ///
 /// # Errors
 /// If the file can't be read or is damaged; the message names it.
 pub fn shapes(path: &Path) -> Result<BTreeMap<String, Vec<usize>>> {
-    let path = if path.is_dir() { path.join("model.safetensors") } else { path.to_path_buf() };
-    let file = std::fs::File::open(&path).map_err(Error::io(&path))?;
+    let file = std::fs::File::open(path).map_err(Error::io(path))?;
     let mut reader = std::io::BufReader::new(file);
     let mut magic = [0; 4];
-    std::io::Read::read_exact(&mut reader, &mut magic).map_err(Error::io(&path))?;
+    std::io::Read::read_exact(&mut reader, &mut magic).map_err(Error::io(path))?;
     if &magic != b"GGUF" {
-        let tensors = read_file(&path)?;
-        return Ok(tensors
-            .iter()
-            .map(|(name, tensor)| (name.clone(), tensor.dims().to_vec()))
-            .collect());
+        let tensors = stored::open_file(path)?;
+        return Ok(tensors.into_iter().map(|(name, tensor)| (name, tensor.dims())).collect());
     }
-    std::io::Seek::rewind(&mut reader).map_err(Error::io(&path))?;
+    std::io::Seek::rewind(&mut reader).map_err(Error::io(path))?;
     let content = gguf_file::Content::read(&mut reader)
-        .map_err(|err| Error::file(&path, format!("not a readable GGUF file: {err}")))?;
+        .map_err(|err| Error::file(path, format!("not a readable GGUF file: {err}")))?;
     Ok(content
         .tensor_infos
         .iter()

@@ -14,7 +14,7 @@ use crate::stored::{self, Stored};
 use crate::{Error, Result, pth};
 
 /// What a folder's weights may be called, the better ones first.
-const NAMES: [&str; 2] = ["model.safetensors", "pytorch_model.bin"];
+pub(crate) const NAMES: [&str; 2] = ["model.safetensors", "pytorch_model.bin"];
 
 /// Every tensor of `folder`.
 ///
@@ -44,15 +44,21 @@ pub fn open_file(path: &Path) -> Result<BTreeMap<String, Stored>> {
     if is_torch { pth::open(path) } else { stored::open_file(path) }
 }
 
-fn open_shards(folder: &Path, index_path: &Path) -> Result<BTreeMap<String, Stored>> {
+/// In which file an index says that each tensor is.
+pub(crate) fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
     #[derive(Deserialize)]
     struct Index {
         weight_map: BTreeMap<String, String>,
     }
-    let text = std::fs::read(index_path).map_err(Error::io(index_path))?;
+    let text = std::fs::read(path).map_err(Error::io(path))?;
     let index: Index =
-        serde_json::from_slice(&text).map_err(|err| Error::file(index_path, err.to_string()))?;
-    let files: BTreeSet<&String> = index.weight_map.values().collect();
+        serde_json::from_slice(&text).map_err(|err| Error::file(path, err.to_string()))?;
+    Ok(index.weight_map)
+}
+
+fn open_shards(folder: &Path, index_path: &Path) -> Result<BTreeMap<String, Stored>> {
+    let weight_map = read_index(index_path)?;
+    let files: BTreeSet<&String> = weight_map.values().collect();
     let mut tensors = BTreeMap::new();
     for file in files {
         let plain = Path::new(file).file_name().is_some_and(|name| name == file.as_str());
@@ -61,9 +67,7 @@ fn open_shards(folder: &Path, index_path: &Path) -> Result<BTreeMap<String, Stor
         }
         tensors.extend(open_file(&folder.join(file))?);
     }
-    if let Some((name, file)) =
-        index.weight_map.iter().find(|(name, _)| !tensors.contains_key(*name))
-    {
+    if let Some((name, file)) = weight_map.iter().find(|(name, _)| !tensors.contains_key(*name)) {
         return Err(Error::file(index_path, format!("tensor {name} is not in {file}")));
     }
     Ok(tensors)

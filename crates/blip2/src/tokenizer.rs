@@ -246,6 +246,12 @@ impl Tokenizer {
         Ok(Self { inner, prefix, suffix: Vec::new(), special, clean_up: false })
     }
 
+    /// This tokenizer, with another token that ends a text.
+    #[must_use]
+    pub fn with_eos(self, eos: u32) -> Self {
+        Self { special: SpecialIds { eos, ..self.special }, ..self }
+    }
+
     /// The ids of `text`, with the model's special tokens around them if `special` says so.
     ///
     /// # Errors

@@ -694,7 +694,7 @@ const SUBJECTS: [Subject; 28] = [
     ("lavis", "opt/pytorch_model.bin", Reader::Llm("opt"), 400),
     ("lavis", "opt/config.json", Reader::Llm("opt"), 200),
     ("lavis", "opt/vocab.json", Reader::Llm("opt"), 100),
-    ("lavis", "t5/pytorch_model-00007-of-00007.bin", Reader::Llm("t5"), 300),
+    ("lavis", "t5/pytorch_model-00003-of-00003.bin", Reader::Llm("t5"), 300),
     ("lavis", "t5/pytorch_model.bin.index.json", Reader::Llm("t5"), 100),
     ("lavis", "stage1_finetuned.pth", Reader::Lavis(None), 100),
     ("lavis", "stage2_opt.pth", Reader::Lavis(Some("opt")), 100),

@@ -28,6 +28,8 @@ struct Shop {
     /// Answers to large files stop after so many bytes, this many times.
     cut: Option<usize>,
     cuts: usize,
+    /// The first 1000 bytes of a large file come, and then nothing, for a while.
+    silent: bool,
     /// Answers of "busy" before the first good one.
     busy: usize,
     /// Bytes of large files that arrive otherwise than they are.
@@ -119,6 +121,12 @@ fn answer(mut stream: TcpStream, shop: &Mutex<Shop>) {
     if shop.garbled && is_large(name) {
         body.iter_mut().for_each(|byte| *byte ^= 1);
     }
+    if shop.silent && is_large(name) {
+        let headers = length(&body);
+        body.truncate(if from.is_none() { 1000 } else { 0 });
+        say("206 Partial Content", &headers, &body);
+        return std::thread::sleep(Duration::from_millis(150));
+    }
     let headers = format!("{}etag: W/\"small-{}\"\r\n", length(&body), &hash(&content)[..8]);
     if let Some(cut) = shop.cut.filter(|_| is_large(name) && shop.cuts > 0) {
         shop.cuts -= 1;
@@ -144,7 +152,7 @@ fn tiny(case: &str) -> BTreeMap<String, Vec<u8>> {
 
 fn hub(address: &str, cache: &Path, token: Option<&str>, offline: bool) -> Hub {
     Hub::new(address, cache.to_path_buf(), token.map(str::to_owned), offline)
-        .with_pause(Duration::from_millis(1))
+        .with_times(Duration::from_millis(1), Duration::from_millis(100))
 }
 
 fn id() -> HubId {
@@ -216,16 +224,16 @@ fn a_broken_connection_is_gone_on_with() {
 }
 
 #[test]
-fn an_attempt_that_ended_for_good_is_gone_on_with_the_next_time() {
+fn a_hub_that_fell_silent_is_left_and_gone_on_with_the_next_time() {
     let cache = tempfile::tempdir().unwrap();
-    let (address, shop) =
-        serve(Shop { files: tiny("opt_f32"), cut: Some(1000), cuts: 5, ..Shop::default() });
+    let (address, shop) = serve(Shop { files: tiny("opt_f32"), silent: true, ..Shop::default() });
     let hub = hub(&address, cache.path(), None, false);
     let refused = fetch(&hub).unwrap_err();
-    let wanted = ["model org/tiny: model.safetensors: ", " after 5000 of 267588 bytes"];
+    let wanted = ["model org/tiny: model.safetensors: ", " after 1000 of 267588 bytes"];
     assert!(wanted.iter().all(|part| refused.contains(part)), "{refused}");
+    shop.lock().unwrap().silent = false;
     fetch(&hub).unwrap();
-    assert!(shop.lock().unwrap().seen.iter().any(|line| line.contains("bytes=5000-")));
+    assert!(shop.lock().unwrap().seen.iter().any(|line| line.contains("bytes=1000-")));
 }
 
 #[test]

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use blip2::convert::{FrozenFiles, Half, Parts};
 use blip2::generate::{Beam, Options, Strategy, generate};
 use blip2::lavis::{self, HeadCounts};
+use blip2::llm::Llm;
 use blip2::model::Model;
 use blip2::params::{Params, read_file};
 use blip2::shards;
@@ -233,4 +234,43 @@ fn what_is_missing_or_wrong_is_named() {
     assert!(refused.contains("CLIP"), "{refused}");
     let (_dir, model) = written(&clip, None);
     assert!(model.captioner(None, &mut quiet).is_ok(), "our layout holds it");
+}
+
+/// OPT as published names one token for both ends of a text; stage 2 is trained, and stops, at a newline.
+#[test]
+fn opt_ends_with_a_line() {
+    let (_, tokenizer) = Llm::open(&file("opt"), None).unwrap();
+    assert_eq!(tokenizer.special().bos, Some(2));
+    assert_eq!(vec![tokenizer.special().eos], tokenizer.encode("\n", false).unwrap());
+}
+
+/// Several tokens that end a text are still several in the other layout, and prompts are kept.
+#[test]
+fn what_only_a_configuration_says_is_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(golden("hf/opt_f32")).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, dir.path().join(path.file_name().unwrap())).unwrap();
+    }
+    let path = dir.path().join("generation_config.json");
+    std::fs::write(&path, r#"{"bos_token_id": 2, "eos_token_id": [202, 146], "pad_token_id": 1}"#)
+        .unwrap();
+    let model = Model::open_folder(dir.path()).unwrap();
+    let (folder, mut ours) = written(&Parts::of_model(&model, &mut quiet).unwrap(), None);
+    let patches = Tensor::ones((1, 10, 20), DType::F32, &candle_core::Device::Cpu).unwrap();
+    let options = Options { max_new_tokens: 12, ..options(1) };
+    let tokens = |model: &Model| {
+        let captioner = model.captioner(None, &mut quiet).unwrap();
+        captioner.generate_from(&patches, &[""], &options).unwrap()[0][0].tokens.clone()
+    };
+    assert_eq!(tokens(&model), tokens(&ours));
+
+    ours.manifest.stage2.as_mut().unwrap().caption_prompt = "a photo of".into();
+    let text = serde_json::to_vec(&ours.manifest).unwrap();
+    std::fs::write(folder.path().join("model.json"), text).unwrap();
+    let ours = Model::open_folder(folder.path()).unwrap();
+    let parts = Parts::of_model(&ours, &mut quiet).unwrap();
+    assert!(parts.lost(Half::Generates).iter().any(|lost| lost.contains("prompts")));
+    let (_dir, hf) = written(&parts, Some(Half::Generates));
+    assert_eq!(hf.manifest.stage2.unwrap().caption_prompt, "a photo of");
 }

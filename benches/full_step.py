@@ -106,7 +106,7 @@ def ours(args, settings):
         "model.qformer.init.path": os.path.join(args.work, "bert"), f"{stage}.train.batch_size": 2, f"{stage}.train.steps": 2, f"{stage}.optimizer.warmup_steps": 1,
         "runtime.checkpoint_every": 1, "runtime.log_every": 1, "runtime.loaders": 1, **settings,
     }
-    changes = [word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value) if isinstance(value, str) and not value.startswith('[') else value}")]
+    changes = [word for key, value in settings.items() for word in ("--set", f"{key}={value if isinstance(value, str) and value.startswith('[') else json.dumps(value)}")]
     start = time.time()
     with subprocess.Popen([args.program, "train", args.recipe, "--out", run, *changes]) as child:
         _, status, usage = os.wait4(child.pid, 0)
@@ -146,8 +146,7 @@ def stage2(args):
     hf, folder = os.path.join(args.work, "hf"), os.path.join(args.work, "ours")
     if not os.path.exists(folder):
         subprocess.run([args.program, "convert", hf, folder, "--layout", "blip2"], check=True)
-    parts, grads = ours(args, {"model.vision.path": folder, "model.llm.path": folder, "stage2.init": os.path.join(folder, "stage2.safetensors"), "stage2.prefix_lm": "false"} if "t5" in args.recipe
-                        else {"model.vision.path": folder, "model.llm.path": folder, "stage2.init": os.path.join(folder, "stage2.safetensors")})
+    parts, grads = ours(args, {"model.vision.path": folder, "model.llm.path": folder, "stage2.init": os.path.join(folder, "stage2.safetensors"), "stage2.prefix_lm": False})
     processor = AutoProcessor.from_pretrained(hf)
     model = Blip2ForConditionalGeneration.from_pretrained(hf, dtype=torch.float32).eval()
     model.requires_grad_(False)
@@ -177,6 +176,7 @@ def stage2(args):
 
 def lavis_model(args):
     """LAVIS's Blip2Qformer at full size around a random encoder; both saved as LAVIS would."""
+    sys.path.insert(0, os.path.join(HERE, "..", "golden"))
     import lavis_files
     import lavis_tiny as tiny
 
