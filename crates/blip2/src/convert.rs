@@ -33,6 +33,8 @@ use crate::{Error, Result, checkpoint, llm, shards};
 
 /// BERT's uncased word pieces: every published stage 1 reads them, and no checkpoint brings them.
 const BERT_VOCAB: &[u8] = include_bytes!("../../../models/mini/vocab.txt");
+/// What transformers' processor calls a picture's place in a prompt.
+const IMAGE_TOKEN: &str = "<image>";
 /// Files of a language model's folder that belong to its tokenizer.
 const TOKENIZER_FILES: [&str; 9] = [
     "tokenizer.json",
@@ -518,7 +520,7 @@ impl Parts {
 /// The token that stands for a picture in transformers' prompts.
 struct ImageToken {
     id: u32,
-    /// Its text, if the tokenizer has it already.
+    /// What the tokenizer calls it, if that is another token, to be renamed.
     text: Option<String>,
 }
 
@@ -625,8 +627,8 @@ impl Language {
     /// A token that no text uses and that has an embedding: `<image>` itself, the first row behind the tokenizer's ids, or a
     /// special token that means nothing.
     fn image_token(&self) -> Result<ImageToken> {
-        if let Some(id) = self.tokenizer.token_to_id("<image>") {
-            return Ok(ImageToken { id, text: Some("<image>".into()) });
+        if let Some(id) = self.tokenizer.token_to_id(IMAGE_TOKEN) {
+            return Ok(ImageToken { id, text: None });
         }
         let ids = self.tokenizer.vocab_size();
         let rows = self.words().map_or(0, |words| words.dims().first().copied().unwrap_or(0));
@@ -661,6 +663,9 @@ impl Language {
             };
             std::fs::write(&path, json).map_err(Error::io(&path))?;
         }
+        if let Some(text) = &image.text {
+            rename_token(&path, image.id, text, IMAGE_TOKEN)?;
+        }
         if own.is_some() {
             return Ok(());
         }
@@ -671,11 +676,26 @@ impl Language {
         if let Some(bos) = special.bos {
             about["bos_token"] = name(bos).into();
         }
-        if let Some(text) = &image.text {
-            about["extra_special_tokens"] = json!({"image_token": text});
-        }
         write_json(&folder.join("tokenizer_config.json"), &about)
     }
+}
+
+/// Gives a token of a `tokenizer.json` another text; its id stays.
+fn rename_token(path: &Path, id: u32, from: &str, to: &str) -> Result<()> {
+    let mut json = read_json(path)?;
+    for added in json["added_tokens"].as_array_mut().into_iter().flatten() {
+        if added["id"] == id {
+            added["content"] = to.into();
+        }
+    }
+    let vocab = json.get_mut("model").and_then(|model| model.get_mut("vocab"));
+    if let Some(vocab) = vocab.and_then(Value::as_object_mut)
+        && vocab.get(from).is_some_and(|found| *found == id)
+    {
+        vocab.remove(from);
+        vocab.insert(to.into(), id.into());
+    }
+    write_json(path, &json)
 }
 
 fn preprocessor(size: usize, normalize: &Normalize) -> Value {
