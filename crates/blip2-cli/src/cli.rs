@@ -135,7 +135,7 @@ pub(crate) enum Verb {
     Inspect(InspectArgs),
     /// Fetch a model's parts into the cache
     Pull(PullArgs),
-    /// Write a model in another layout: Hugging Face, LAVIS, ours, packed
+    /// Write a model in another layout: Hugging Face's, ours, or packed
     Convert(ConvertArgs),
     /// Make and look at training data
     Data(DataArgs),

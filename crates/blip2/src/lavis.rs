@@ -109,7 +109,7 @@ fn qformer_config(bridge: &Tensors, heads: HeadCounts) -> Result<QFormerConfig> 
     Ok(QFormerConfig {
         width,
         depth,
-        num_heads: heads.qformer.unwrap_or(width / 64),
+        num_heads: head_count("the Q-Former", heads.qformer, width, 64)?,
         mlp_width: dims(bridge, &layer(0, "ffn_query.fc1"))?[0],
         cross_attention_freq,
         encoder_width: dims(bridge, "ln_vision.weight")?[0],
@@ -145,7 +145,7 @@ fn eva(tensors: Tensors, heads: HeadCounts) -> Result<(VitConfig, Tensors)> {
         patch_size,
         width,
         depth,
-        num_heads: heads.vision.unwrap_or(width / 88),
+        num_heads: head_count("the image encoder", heads.vision, width, 88)?,
         mlp_width: dims(&tensors, "blocks.0.mlp.fc1.weight")?[0],
         ..published
     };
@@ -200,7 +200,7 @@ fn clip(tensors: Tensors, heads: HeadCounts) -> Result<(VitConfig, Tensors)> {
         patch_size,
         width,
         depth,
-        num_heads: heads.vision.unwrap_or(width / 64),
+        num_heads: head_count("the image encoder", heads.vision, width, 64)?,
         mlp_width: dims(&tensors, &format!("{BLOCKS}0.mlp.c_fc.weight"))?[0],
         ..published
     };
@@ -242,6 +242,20 @@ fn clip(tensors: Tensors, heads: HeadCounts) -> Result<(VitConfig, Tensors)> {
         }
     }
     Ok((config, ours))
+}
+
+/// The heads that were given, else as many of the published width as there are.
+fn head_count(what: &str, given: Option<usize>, width: usize, head: usize) -> Result<usize> {
+    let count = given.unwrap_or(if width.is_multiple_of(head) { width / head } else { 0 });
+    if count == 0 || !width.is_multiple_of(count) {
+        return Err(Error::Config(match given {
+            Some(given) => format!("{what} is {width} wide, which {given} heads do not divide"),
+            None => format!(
+                "{what} is {width} wide, not a multiple of {head}: say how many heads it has"
+            ),
+        }));
+    }
+    Ok(count)
 }
 
 /// The block's number, and what follows; no number: the whole name.

@@ -1,4 +1,4 @@
-//! Files of PyTorch's `torch.save`, read without running anything ([`crate::pickle`]).
+//! Files of PyTorch's `torch.save`, read without running anything (`pickle.rs`).
 //!
 //! ```text
 //! since 1.6   a zip: NAME/data.pkl says what there is, NAME/data/KEY are the elements, not compressed

@@ -227,6 +227,13 @@ fn what_is_missing_or_wrong_is_named() {
         "{message}"
     );
     assert!(refused("eva.pth", &none).contains("eva.pth"));
+    // No published width: how many heads there are is not to be guessed.
+    let unknown = FrozenFiles { heads: HeadCounts::default(), ..frozen("eva.pth", Some("opt")) };
+    let said = refused("stage2_opt.pth", &unknown);
+    assert!(said.contains("36 wide") && said.contains("heads"), "{said}");
+    let five = HeadCounts { vision: Some(5), ..HEADS };
+    let unknown = FrozenFiles { heads: five, ..frozen("eva.pth", Some("opt")) };
+    assert!(refused("stage2_opt.pth", &unknown).contains("5 heads"));
     // transformers' image encoder has no place for CLIP's.
     let clip = Parts::of_lavis(&file("stage2_opt.pth"), &frozen("clip.pth", Some("opt"))).unwrap();
     let dir = tempfile::tempdir().unwrap();
