@@ -25,7 +25,8 @@ pub(crate) fn run(global: &Global, args: &AskArgs) -> anyhow::Result<Outcome> {
     let prompt = captioner.question_prompt(&history, &args.question);
     found.for_each_batch(&args.pictures, side, global.format, |paths, pictures| {
         let prompts = vec![prompt.as_str(); pictures.len()];
-        let answers = captioner.generate(pictures, &prompts, &options)?;
+        let questions = vec![args.question.as_str(); pictures.len()];
+        let answers = captioner.answer(pictures, &questions, &prompts, &options)?;
         paths
             .iter()
             .zip(answers)

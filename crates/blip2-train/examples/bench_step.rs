@@ -132,17 +132,21 @@ fn bench_stage2(steps: u64, dump: &mut HashMap<String, Tensor>) -> Result<serde_
     let config = config();
     let (llm, weights) = language_model()?;
     let stage1 = init::stage1(&config, BTreeMap::new(), 1)?;
-    let params = ParamStore::new(init::stage2(&stage1, llm.width(), Some(0.1), 5)?)?;
+    let params = ParamStore::new(init::stage2(&stage1, llm.width(), Some(0.1), 5, None)?)?;
     let config = Stage2Config {
         qformer: config.qformer,
         llm_width: llm.width(),
         ln_vision_eps: config.ln_vision_eps,
+        reads_questions: false,
     };
     let model = params.build(|p| Stage2::new(p, &config))?;
     let patches = normal(&[b, p, config.qformer.encoder_width], 6, 1.0)?;
     let ids = ids(b, t, llm.vocab_size(), 7)?;
-    let texts: Vec<Vec<LlmText>> =
-        ids.to_vec2::<u32>()?.into_iter().map(|ids| vec![LlmText { ids, prompt_len: 0 }]).collect();
+    let texts: Vec<Vec<LlmText>> = ids
+        .to_vec2::<u32>()?
+        .into_iter()
+        .map(|ids| vec![LlmText { ids, prompt_len: 0, question: Vec::new() }])
+        .collect();
     for (name, tensor) in params.to_tensors().into_iter().chain(weights) {
         dump.insert(format!("stage2.{name}"), tensor.copy()?);
     }

@@ -117,9 +117,12 @@ impl Budget {
                 let rows = 2 * (q.num_queries + t) + 3 * (q.num_queries + t);
                 q_stack(q).floats(rows, q.num_queries + t) + (t * q.vocab_size) as f64
             }
-            Stage::Two { texts_per_picture, max_text_len, .. } => {
+            Stage::Two { texts_per_picture, max_text_len, reads_questions, .. } => {
                 let llm = llm_size(&recipe.model.llm)?;
-                let kept = shapes.iter().filter(|(name, _)| init::in_stage2(name));
+                let kept = shapes.iter().filter(|(name, _)| {
+                    init::in_stage2(name)
+                        || (*reads_questions && init::guides_stage2(name, q.depth))
+                });
                 let projection = (llm.width * q.width + llm.width) as u64;
                 budget.trained = kept.map(|(_, shape)| count(shape)).sum::<u64>() + projection;
                 budget.llm = llm.params;

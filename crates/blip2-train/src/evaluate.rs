@@ -321,18 +321,22 @@ fn ask(
 
     let mut rows = Vec::new();
     let mut prompts = Vec::new();
+    let mut all: Vec<&str> = Vec::new();
     for (i, questions) in asked.iter().enumerate() {
         for (question, _) in *questions {
             rows.push(i as u32);
+            all.push(question);
             prompts.push(captioner.question_prompt(&[], question));
         }
     }
-    for (rows, prompts) in
-        rows.chunks(file.data.batch_size).zip(prompts.chunks(file.data.batch_size))
+    let size = file.data.batch_size;
+    for ((rows, prompts), questions) in
+        rows.chunks(size).zip(prompts.chunks(size)).zip(all.chunks(size))
     {
         let patches = patches.index_select(&Tensor::new(rows, &Device::Cpu)?, 0)?;
         let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
-        let answers = best(captioner.generate_from(&patches, &prompts, &options)?)?;
+        let answers = captioner.answer_from(&patches, questions, &prompts, &options)?;
+        let answers = best(answers)?;
         for (row, answer) in rows.iter().zip(answers) {
             said[*row as usize].answers.push(answer);
         }

@@ -159,7 +159,8 @@ pub(crate) fn shapes(config: &Stage1Config) -> BTreeMap<String, Vec<usize>> {
 
 /// The starting point of stage 2: what it keeps of stage 1 (`ln_vision`, queries, the query side of the Q-Former), and
 /// `llm_proj` (`llm_width`, w): that of an earlier stage 2 if there is one, else a fresh one. `rms`, if given, is how large
-/// the elements of its output shall be at first; queries leave their last norm with elements of about 1.
+/// the elements of its output shall be at first; queries leave their last norm with elements of about 1. `questions` is the
+/// number of layers of a bridge that reads questions, too: it keeps what reads them.
 ///
 /// # Errors
 /// If the weights hold no queries.
@@ -168,10 +169,13 @@ pub fn stage2(
     llm_width: usize,
     rms: Option<f64>,
     seed: u64,
+    questions: Option<usize>,
 ) -> Result<BTreeMap<String, Tensor>> {
     let mut tensors: BTreeMap<String, Tensor> = bridge
         .iter()
-        .filter(|(name, _)| in_stage2(name))
+        .filter(|(name, _)| {
+            in_stage2(name) || questions.is_some_and(|depth| guides_stage2(name, depth))
+        })
         .map(|(n, t)| (n.clone(), t.clone()))
         .collect();
     let width = tensors
@@ -192,6 +196,15 @@ pub fn stage2(
     tensors.insert("llm_proj.weight".into(), weight);
     tensors.insert("llm_proj.bias".into(), fresh("bias", &[llm_width], &mut Rng::new(seed, &[1]))?);
     Ok(tensors)
+}
+
+/// Whether a stage 2 of `depth` layers that reads questions keeps the stage-1 tensor called `name` for it.
+#[must_use]
+pub fn guides_stage2(name: &str, depth: usize) -> bool {
+    let last = format!("qformer.layers.{}.", depth.saturating_sub(1));
+    (name.contains(".ffn_text.") && !name.starts_with(&last))
+        || name.starts_with("qformer.word_embeddings.")
+        || name.starts_with("qformer.position_embeddings.")
 }
 
 /// Whether stage 2 keeps the stage-1 tensor called `name`.

@@ -230,6 +230,7 @@ impl Base {
             weights: STAGE2.into(),
             caption_prompt: prompt.into(),
             question_prompt: question_prompt.into(),
+            vocab: config.reads_questions.then(|| VOCAB.into()),
         });
         self.write(&manifest)
     }

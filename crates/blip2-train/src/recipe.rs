@@ -324,6 +324,9 @@ pub struct Stage2Section {
     /// Whether an encoder–decoder is also given the beginning of a caption, up to a place drawn from its first half, and
     /// writes the rest (paper §3.3). A language model that only decodes knows no such thing.
     pub prefix_lm: bool,
+    /// Whether the bridge reads the question as well, of a caption its prompt: its queries look for what is asked for (paper,
+    /// fine-tuning on VQA). A bridge to start from that reads no text gets the text layers of `model.qformer.init`.
+    pub reads_questions: bool,
     /// Whether the image encoder is trained as well. It becomes a part of the run's own model.
     pub train_vision: bool,
     /// How long and in what portions.
@@ -429,6 +432,8 @@ pub enum Stage {
         questions: f64,
         /// See [`Stage2Section::prefix_lm`].
         prefix_lm: bool,
+        /// See [`Stage2Section::reads_questions`].
+        reads_questions: bool,
         /// See [`Stage2Section::train_vision`].
         train_vision: bool,
     },
@@ -557,6 +562,7 @@ impl RecipeFile {
                 texts_per_picture: s.texts_per_picture,
                 questions: s.questions,
                 prefix_lm: s.prefix_lm,
+                reads_questions: s.reads_questions,
                 train_vision: s.train_vision,
             };
             self.run(stage, &s.train, &s.optimizer)

@@ -222,6 +222,8 @@ pub struct LlmText {
     /// The first so many ids are given, not predicted. LAVIS counts the start token among them only if there is a prompt:
     /// with an empty one it is 0, and the start token is predicted from the last query.
     pub prompt_len: usize,
+    /// What a bridge that reads questions reads: word pieces from `[CLS]` to `[SEP]`. Empty for any other bridge.
+    pub question: Vec<u32>,
 }
 
 /// Stage 2 (paper §3.3): the language model reads queries and given text; the loss is on the other text alone.
@@ -237,10 +239,25 @@ pub fn stage2(
     texts: &[Vec<LlmText>],
     dropout: &Dropout,
 ) -> Result<Tensor> {
-    let soft = bridge.soft_words(patches, dropout)?;
+    if !bridge.config().reads_questions {
+        return behind(llm, &bridge.soft_words(patches, dropout)?, texts);
+    }
+    // The queries of each text are its own: a row a text.
+    let numbered = (0..).zip(texts).flat_map(|(i, row)| row.iter().map(move |text| (i, text)));
+    let (pictures, texts): (Vec<u32>, Vec<&LlmText>) = numbered.unzip();
+    let questions: Vec<Vec<u32>> = texts.iter().map(|text| text.question.clone()).collect();
+    let batch = TextBatch::new(&questions, 0, Side::Right, 0)?;
+    let read = (&batch.ids, &batch.mask_tensor()?);
+    let soft = bridge.soft_words_asked(patches, &pictures, read, dropout)?;
+    let rows: Vec<Vec<LlmText>> = texts.into_iter().map(|text| vec![text.clone()]).collect();
+    behind(llm, &soft, &rows)
+}
+
+/// The loss of texts behind soft words.
+fn behind(llm: &Llm, soft: &Tensor, texts: &[Vec<LlmText>]) -> Result<Tensor> {
     match llm {
-        Llm::T5(t5) => encoder_decoder(t5, llm, &soft, texts),
-        Llm::Llama(_) | Llm::Opt(_) => decoder(llm, &soft, texts),
+        Llm::T5(t5) => encoder_decoder(t5, llm, soft, texts),
+        Llm::Llama(_) | Llm::Opt(_) => decoder(llm, soft, texts),
     }
 }
 

@@ -16,7 +16,7 @@ use std::sync::atomic::AtomicBool;
 use blip2::assets::Progress;
 use blip2::image::{self, Pixels, Rgb};
 use blip2::llm::Llm;
-use blip2::model::{Vision, prompt_ids};
+use blip2::model::{MAX_QUESTION_LEN, Vision, prompt_ids};
 use blip2::params::ParamStore;
 use blip2::stage1::{Stage1, Stage1Config};
 use blip2::stage2::{Stage2, Stage2Config};
@@ -404,6 +404,8 @@ pub struct Stage2Source<'a> {
     prefix_lm: bool,
     /// Whether the language model has an encoder.
     encoder: bool,
+    /// Of a bridge that reads questions.
+    word_pieces: Option<Tokenizer>,
 }
 
 /// A loaded batch of stage 2.
@@ -435,26 +437,39 @@ impl<'a> Stage2Task<'a> {
             texts_per_picture,
             questions,
             prefix_lm,
+            reads_questions,
             ..
         } = &recipe.stage
         else {
             return Err(Error::Recipe("not a recipe of stage 2".into()));
         };
         let (stage1_config, weights) = stage1;
-        let bridge = match weights {
+        let mut bridge = match weights {
             Some(path) => read_start(path)?,
             None => base.stage1_start(stage1_config, recipe.seed)?,
         };
+        let depth = stage1_config.qformer.depth;
+        if *reads_questions && !bridge.contains_key("qformer.word_embeddings.weight") {
+            // An earlier stage 2 has dropped what reads text; BERT's beginnings take its place.
+            let fresh = base.stage1_start(stage1_config, recipe.seed)?;
+            bridge.extend(fresh.into_iter().filter(|(name, _)| init::guides_stage2(name, depth)));
+        }
         let seed = Rng::new(recipe.seed, &[purpose::INIT, 2]).bits();
         let rms = match proj_init {
             ProjInit::Uniform => None,
             ProjInit::Words => Some(llm.embedding_rms()?),
         };
-        let start = init::stage2(&bridge, llm.width(), rms, seed);
+        let guided = reads_questions.then_some(depth);
+        let start = init::stage2(&bridge, llm.width(), rms, seed, guided);
         let mut start = start.map_err(|err| of_file(weights, err))?;
         let part = encoder::add_to_start(recipe, base, &mut start)?;
         let params = ParamStore::new(start)?;
-        let config = stage2_config(stage1_config, llm.width());
+        let config = Stage2Config {
+            qformer: stage1_config.qformer.clone(),
+            llm_width: llm.width(),
+            ln_vision_eps: stage1_config.ln_vision_eps,
+            reads_questions: *reads_questions,
+        };
         let built = params
             .build(|p| Ok((Stage2::new(p, &config)?, Encoder::new(p, part.as_ref(), vision)?)));
         let (model, encoder) = built.map_err(|err| of_file(weights, err.into()))?;
@@ -468,6 +483,7 @@ impl<'a> Stage2Task<'a> {
             questions: *questions,
             prefix_lm: *prefix_lm,
             encoder: llm.has_encoder(),
+            word_pieces: reads_questions.then(|| base.tokenizer()).transpose()?,
         };
         source.check()?;
         Ok(Self { source, encoder, llm, params, model })
@@ -478,10 +494,6 @@ impl<'a> Stage2Task<'a> {
     pub fn config(&self) -> &Stage2Config {
         self.model.config()
     }
-}
-
-fn stage2_config(stage1: &Stage1Config, llm_width: usize) -> Stage2Config {
-    Stage2Config { qformer: stage1.qformer.clone(), llm_width, ln_vision_eps: stage1.ln_vision_eps }
 }
 
 impl Source for Stage2Source<'_> {
@@ -526,6 +538,17 @@ impl Stage2Source<'_> {
         }
     }
 
+    /// What the bridge reads of a question, or of a caption's prompt, as a captioner gives it.
+    fn question(&self, text: &str) -> Result<Vec<u32>> {
+        let Some(word_pieces) = &self.word_pieces else { return Ok(Vec::new()) };
+        let mut ids = word_pieces.encode(text, true)?;
+        if ids.len() > MAX_QUESTION_LEN {
+            ids.truncate(MAX_QUESTION_LEN - 1);
+            ids.push(word_pieces.special().eos);
+        }
+        Ok(ids)
+    }
+
     fn caption(&self, caption: &str, rng: &mut Rng) -> Result<LlmText> {
         let max_len = self.max_text_len;
         if !self.encoder {
@@ -552,10 +575,12 @@ impl Stage2Source<'_> {
             let ask = rng.uniform() < self.questions;
             texts.push(if (ask && !pairs.is_empty()) || captions.is_empty() {
                 let pair = pairs.swap_remove(rng.below(pairs.len()));
-                self.answer(&pair.question, &pair.answer)?
+                let text = self.answer(&pair.question, &pair.answer)?;
+                LlmText { question: self.question(&pair.question)?, ..text }
             } else {
                 let caption = captions.swap_remove(rng.below(captions.len()));
-                self.caption(&pre_caption(caption, MAX_WORDS), rng)?
+                let text = self.caption(&pre_caption(caption, MAX_WORDS), rng)?;
+                LlmText { question: self.question(&self.prompt)?, ..text }
             });
         }
         Ok(texts)
@@ -585,7 +610,7 @@ pub fn llm_text(
     ids.extend(tokenizer.encode(&text, false)?);
     ids.push(tokenizer.special().eos);
     ids.truncate(max_len);
-    Ok(LlmText { ids, prompt_len })
+    Ok(LlmText { ids, prompt_len, question: Vec::new() })
 }
 
 /// The ids that stage 2 trains an encoder–decoder on: what the encoder is given, then what the decoder writes. Each ends with
@@ -608,7 +633,7 @@ pub fn encoder_text(
     let mut ids = ended(given)?;
     let prompt_len = ids.len();
     ids.extend(ended(wanted)?);
-    Ok(LlmText { ids, prompt_len })
+    Ok(LlmText { ids, prompt_len, question: Vec::new() })
 }
 
 impl<'a> Task for Stage2Task<'a> {

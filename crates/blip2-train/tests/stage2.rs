@@ -48,6 +48,7 @@ fn bridge_of(golden: &Tensors, llm_width: usize) -> (ParamStore, Stage2) {
         qformer: config().qformer,
         llm_width,
         ln_vision_eps: config().ln_vision_eps,
+        reads_questions: false,
     };
     let model = store.build(|p| Stage2::new(p, &config)).unwrap();
     (store, model)
@@ -60,7 +61,7 @@ fn texts(golden: &Tensors, case: &str, queries: usize, prompt_len: usize) -> Vec
     };
     let row = |(ids, mask): (Vec<u32>, Vec<u32>)| {
         let real = mask[queries..].iter().filter(|m| **m == 1).count();
-        vec![LlmText { ids: ids[..real].to_vec(), prompt_len }]
+        vec![LlmText { ids: ids[..real].to_vec(), prompt_len, question: Vec::new() }]
     };
     rows("ids").into_iter().zip(rows("mask")).map(row).collect()
 }
@@ -148,7 +149,11 @@ fn loss_and_every_gradient_through_an_encoder_decoder_equal_lavis() {
     let texts: Vec<_> = ids("given.ids")
         .zip(ids("wanted.ids"))
         .map(|(given, wanted)| {
-            vec![LlmText { prompt_len: given.len(), ids: [given, wanted].concat() }]
+            vec![LlmText {
+                prompt_len: given.len(),
+                ids: [given, wanted].concat(),
+                question: Vec::new(),
+            }]
         })
         .collect();
     let loss = stage2(&model, &llm, &golden["image"], &texts, &Dropout::off()).unwrap();

@@ -77,6 +77,8 @@ struct Two {
     tensors: Tensors,
     caption_prompt: String,
     question_prompt: String,
+    /// Word pieces, if the bridge reads questions.
+    vocab: Option<Vec<u8>>,
 }
 
 /// A language model in Hugging Face terms.
@@ -142,6 +144,10 @@ impl Parts {
                 config: part.config,
                 caption_prompt: part.caption_prompt,
                 question_prompt: part.question_prompt,
+                vocab: part
+                    .vocab
+                    .map(|name| model.files().read(&name).map(std::borrow::Cow::into_owned))
+                    .transpose()?,
             })
         });
         Ok(Self { name, vision, llm, stage1: stage1.transpose()?, stage2: stage2.transpose()? })
@@ -197,6 +203,7 @@ impl Parts {
                     tensors: lavis.bridge,
                     caption_prompt: caption_prompt.into(),
                     question_prompt: question.into(),
+                    vocab: None,
                 });
             }
         }
@@ -337,6 +344,11 @@ impl Parts {
         let llm = self.llm.as_ref().ok_or_else(|| {
             Error::Config(format!("model {} has no language model to write", self.name))
         })?;
+        if self.stage2.as_ref().is_some_and(|two| two.config.reads_questions) {
+            return Err(Error::Config(
+                "transformers' Blip2 has no Q-Former that reads questions; our own layout holds this model".into(),
+            ));
+        }
         let image = llm.image_token()?;
         config["architectures"] = json!(["Blip2ForConditionalGeneration"]);
         if let Some(two) = &self.stage2 {
@@ -491,6 +503,15 @@ impl Parts {
                 weights: put("stage2", &two.tensors)?,
                 caption_prompt: two.caption_prompt.clone(),
                 question_prompt: two.question_prompt.clone(),
+                vocab: two
+                    .vocab
+                    .as_ref()
+                    .map(|lines| {
+                        let path = folder.join("vocab.txt");
+                        std::fs::write(&path, lines).map_err(Error::io(&path))?;
+                        Ok::<_, Error>("vocab.txt".to_owned())
+                    })
+                    .transpose()?,
             })
         });
         let stage2 = stage2.transpose()?;

@@ -356,6 +356,7 @@ impl Checkpoint {
                 .map_or(0, |bias| bias.dims().first().copied().unwrap_or(0)),
             // transformers uses the encoder's epsilon here, LAVIS 1e-5.
             ln_vision_eps: self.config.vision_config.layer_norm_eps,
+            reads_questions: false,
         }
     }
 

@@ -82,7 +82,12 @@ fn stage(bridge: &Tensors, heads: HeadCounts) -> Result<Stage> {
     let qformer = qformer_config(bridge, heads)?;
     if bridge.contains_key("llm_proj.weight") {
         let llm_width = dims(bridge, "llm_proj.weight")?[0];
-        return Ok(Stage::Two(Stage2Config { qformer, llm_width, ln_vision_eps: LN_VISION_EPS }));
+        return Ok(Stage::Two(Stage2Config {
+            qformer,
+            llm_width,
+            ln_vision_eps: LN_VISION_EPS,
+            reads_questions: false,
+        }));
     }
     Ok(Stage::One(Stage1Config {
         embed_dim: dims(bridge, "vision_proj.weight")?[0],

@@ -93,7 +93,13 @@ pub struct Stage2Part {
     pub caption_prompt: String,
     /// Text before an answer; `{}` stands for the question.
     pub question_prompt: String,
+    /// File of the bridge's word pieces, if it reads questions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vocab: Option<String>,
 }
+
+/// Longest question that a bridge reads, in word pieces.
+pub const MAX_QUESTION_LEN: usize = 32;
 
 /// Where a frozen part is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -205,6 +211,7 @@ impl Model {
                 weights: hf::CONFIG.into(),
                 caption_prompt: caption_prompt.into(),
                 question_prompt: question_prompt.into(),
+                vocab: None,
             }),
         };
         Ok(Self { manifest, files: Files::HuggingFace(Box::new(checkpoint)) })
@@ -306,6 +313,13 @@ impl Model {
             part.config.qformer.encoder_width,
         )?;
         self.check_joint(&part.weights, "language model", llm.width(), part.config.llm_width)?;
+        let vocab = part.vocab.as_ref().filter(|_| part.config.reads_questions);
+        let word_pieces = vocab
+            .map(|name| Tokenizer::from_wordpiece_vocab(&self.files.read(name)?))
+            .transpose()?;
+        if part.config.reads_questions && word_pieces.is_none() {
+            return Err(self.lacks("vocabulary for the questions that its bridge reads"));
+        }
         let (end_ids, image_token) = match &self.files {
             Files::HuggingFace(checkpoint) => (checkpoint.end_ids(), checkpoint.image_token()),
             _ => {
@@ -317,7 +331,7 @@ impl Model {
                 (end_ids, None)
             }
         };
-        Ok(Captioner { vision, bridge, llm, tokenizer, part, end_ids, image_token })
+        Ok(Captioner { vision, bridge, llm, tokenizer, part, end_ids, image_token, word_pieces })
     }
 
     /// Loads what matches and embeds.
@@ -542,6 +556,8 @@ pub struct Captioner {
     end_ids: Vec<u32>,
     /// The id that stands for a picture in the prompts of transformers.
     image_token: Option<u32>,
+    /// Of a bridge that reads questions.
+    word_pieces: Option<Tokenizer>,
 }
 
 impl Captioner {
@@ -574,6 +590,20 @@ impl Captioner {
         self.generate_from(&self.vision.encode(pictures)?, prompts, options)
     }
 
+    /// [`Self::generate`] for questions; `prompts` hold them, too, for the language model.
+    ///
+    /// # Errors
+    /// As [`Self::generate`].
+    pub fn answer(
+        &self,
+        pictures: &[Rgb],
+        questions: &[&str],
+        prompts: &[&str],
+        options: &generate::Options,
+    ) -> Result<Vec<Vec<Hypothesis>>> {
+        self.answer_from(&self.vision.encode(pictures)?, questions, prompts, options)
+    }
+
     /// [`Self::generate`] for pictures that are encoded already: `patches` (b, tokens, width).
     ///
     /// # Errors
@@ -584,11 +614,36 @@ impl Captioner {
         prompts: &[&str],
         options: &generate::Options,
     ) -> Result<Vec<Vec<Hypothesis>>> {
+        self.answer_from(patches, prompts, prompts, options)
+    }
+
+    /// [`Self::answer`] for pictures that are encoded already. A bridge that reads no questions leaves `questions` alone.
+    ///
+    /// # Errors
+    /// As [`Self::generate`].
+    pub fn answer_from(
+        &self,
+        patches: &Tensor,
+        questions: &[&str],
+        prompts: &[&str],
+        options: &generate::Options,
+    ) -> Result<Vec<Vec<Hypothesis>>> {
         let b = patches.dim(0)?;
-        if prompts.len() != b {
+        if prompts.len() != b || questions.len() != b {
             return Err(Error::Config(format!("{} prompts for {b} pictures", prompts.len())));
         }
-        let soft = self.bridge.soft_words(patches, &Dropout::off())?;
+        let off = Dropout::off();
+        let soft = match &self.word_pieces {
+            None => self.bridge.soft_words(patches, &off)?,
+            Some(word_pieces) => {
+                let padding =
+                    Padding { max_len: MAX_QUESTION_LEN, side: Side::Right, width: Width::Longest };
+                let batch = word_pieces.encode_batch(questions, true, padding)?;
+                let rows: Vec<u32> = (0..b as u32).collect();
+                let text = (&batch.ids, &batch.mask_tensor()?);
+                self.bridge.soft_words_asked(patches, &rows, text, &off)?
+            }
+        };
         let ids = prompts
             .iter()
             .map(|prompt| match self.llm.has_encoder() {

@@ -67,6 +67,9 @@ pub fn pack(model: &Model, packing: Packing, to: &Path) -> Result<u64> {
     if let Some(part) = &mut manifest.stage2 {
         bytes += write(&model.weights(&part.weights)?, packing, &to.join("stage2.gguf"))?;
         part.weights = "stage2.gguf".into();
+        if let Some(vocab) = &part.vocab {
+            copy(model.files(), vocab, to)?;
+        }
     }
     for name in model.frozen_files() {
         copy(model.files(), &name, to)?;

@@ -93,6 +93,9 @@ impl QFormerConfig {
 pub enum TextBranch {
     /// None: stage 2 has dropped it.
     Absent,
+    /// It is read beside the queries and says nothing of its own: a stage 2 whose queries know the question. The last layer
+    /// has no feed-forward network for it.
+    Guides,
     /// It reads but does not write: matching and embedding.
     Reads,
     /// With the language-model head, too: all of stage 1.
@@ -274,7 +277,10 @@ impl QFormer {
             embed_norm: params.pp("embed_norm").layer_norm(config.width, config.layer_norm_eps)?,
             text: with_text.then(|| TextEmbeddings::new(&params, config, text)).transpose()?,
             layers: (0..config.depth)
-                .map(|i| Layer::new(&params.pp("layers").pp(i), config, i, with_text))
+                .map(|i| {
+                    let is_mute = text == TextBranch::Guides && i + 1 == config.depth;
+                    Layer::new(&params.pp("layers").pp(i), config, i, with_text && !is_mute)
+                })
                 .collect::<Result<_>>()?,
             config: config.clone(),
         })

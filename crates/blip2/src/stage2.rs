@@ -23,6 +23,9 @@ pub struct Stage2Config {
     pub llm_width: usize,
     /// Epsilon of `ln_vision`: 1e-5 in LAVIS, 1e-6 in Hugging Face files.
     pub ln_vision_eps: f64,
+    /// Whether the queries read the question as well, and look for what it asks for (paper §4.3, fine-tuning on VQA).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub reads_questions: bool,
 }
 
 /// The bridge of stage 2.
@@ -42,7 +45,11 @@ impl Stage2 {
         let q = &config.qformer;
         Ok(Self {
             ln_vision: params.pp("ln_vision").layer_norm(q.encoder_width, config.ln_vision_eps)?,
-            qformer: QFormer::new(params, q, TextBranch::Absent)?,
+            qformer: QFormer::new(
+                params,
+                q,
+                if config.reads_questions { TextBranch::Guides } else { TextBranch::Absent },
+            )?,
             llm_proj: params.pp("llm_proj").linear(q.width, config.llm_width, true)?,
             config: config.clone(),
         })
@@ -61,6 +68,23 @@ impl Stage2 {
     pub fn soft_words(&self, patches: &Tensor, dropout: &Dropout) -> Result<Tensor> {
         let picture = self.qformer.picture(&self.ln_vision.forward(patches)?)?;
         let (queries, _) = self.qformer.queries(&picture, dropout)?;
+        self.llm_proj.forward(&queries)
+    }
+
+    /// [`Self::soft_words`] for questions: row i looks at picture `pictures[i]` with the text `ids` (t, n), of which `tokens`
+    /// (t, n) u8 says what is no padding → (t, q, l).
+    ///
+    /// # Errors
+    /// If this bridge reads no questions, or shapes don't fit.
+    pub fn soft_words_asked(
+        &self,
+        patches: &Tensor,
+        pictures: &[u32],
+        (ids, tokens): (&Tensor, &Tensor),
+        dropout: &Dropout,
+    ) -> Result<Tensor> {
+        let picture = self.qformer.picture(&self.ln_vision.forward(patches)?)?;
+        let queries = self.qformer.pair(&picture.select(pictures)?, ids, tokens, dropout)?;
         self.llm_proj.forward(&queries)
     }
 }
