@@ -155,7 +155,7 @@ pub(crate) struct GenerateArgs {
         value_name = "N",
         default_value_t = 5,
         value_parser = clap::value_parser!(u16).range(1..=64),
-        conflicts_with_all = ["top_p", "temperature"]
+        conflicts_with_all = ["top_p", "top_k", "temperature"]
     )]
     pub(crate) num_beams: u16,
     /// Longest answer, in tokens
@@ -172,7 +172,7 @@ pub(crate) struct GenerateArgs {
         default_value_t = 1.0,
         value_parser = finite,
         allow_negative_numbers = true,
-        conflicts_with_all = ["top_p", "temperature"]
+        conflicts_with_all = ["top_p", "top_k", "temperature"]
     )]
     pub(crate) length_penalty: f32,
     /// Above 1 discourages tokens already said
@@ -197,6 +197,9 @@ pub(crate) struct GenerateArgs {
     /// Sample from the most likely tokens that together have probability X (instead of beams)
     #[arg(long, env = "BLIP2_TOP_P", value_name = "X", value_parser = probability, allow_negative_numbers = true)]
     pub(crate) top_p: Option<f32>,
+    /// Sample from the K most likely tokens (instead of beams)
+    #[arg(long, env = "BLIP2_TOP_K", value_name = "K", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) top_k: Option<u32>,
     /// Sample: below 1 sharper, above 1 flatter
     #[arg(long, env = "BLIP2_TEMPERATURE", value_name = "X", value_parser = above_zero, allow_negative_numbers = true)]
     pub(crate) temperature: Option<f32>,
@@ -208,7 +211,7 @@ pub(crate) struct GenerateArgs {
 impl GenerateArgs {
     /// Whether tokens are drawn, not searched for.
     pub(crate) fn is_sampled(&self) -> bool {
-        self.top_p.is_some() || self.temperature.is_some()
+        self.top_p.is_some() || self.top_k.is_some() || self.temperature.is_some()
     }
 
     /// What no flag by itself can see.
@@ -219,7 +222,9 @@ impl GenerateArgs {
         } else if self.is_sampled() {
             return Ok(());
         } else if let Some(seed) = self.seed {
-            format!("--seed {seed}: beams draw nothing; sample with --top-p or --temperature")
+            format!(
+                "--seed {seed}: beams draw nothing; sample with --top-p, --top-k or --temperature"
+            )
         } else if num_captions > beams {
             format!("--num-captions {num_captions} is above --num-beams {beams}; or use --top-p")
         } else {

@@ -60,7 +60,7 @@ pub(crate) fn generate_options(args: &GenerateArgs, num_return: usize) -> Option
         Strategy::Sample(Sampling {
             temperature: args.temperature.unwrap_or(1.0),
             top_p: args.top_p.unwrap_or(1.0),
-            top_k: 0,
+            top_k: args.top_k.map_or(0, |k| k as usize),
             seed: args.seed.unwrap_or(0),
         })
     } else if args.num_beams == 1 {

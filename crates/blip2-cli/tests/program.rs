@@ -537,6 +537,8 @@ fn wrong_usage_exits_with_2_and_asks_for_no_model() {
         "caption a.png --num-beams 3 --top-p 0.9",
         "caption a.png --length-penalty 2 --temperature 0.9",
         "caption a.png --seed 3",
+        "caption a.png --top-k 0",
+        "caption a.png --num-beams 3 --top-k 5",
         "ask a.png what --history odd",
         "match a.png",
         "embed",

@@ -113,6 +113,34 @@ mod tests {
         }
     }
 
+    /// Made with `torch.nn.functional.interpolate(mode="bicubic")` of torch 2.8, `align_corners` false (EVA) and true (CLIP).
+    #[test]
+    fn grids_are_resized_as_torch_does() {
+        let grid = [0.3, -1.2, 2.0, 0.7, 1.5, -0.4, -2.1, 0.9, 0.2];
+        let edges = [
+            0.3908, -1.18556, -0.29169, 2.42823, 0.88289, 0.71176, 0.49333, 0.385, -0.3975, 1.1382,
+            1.05242, -0.59302, -2.52764, -0.21358, 0.98266, 0.199,
+        ];
+        let centres = [
+            0.3, -1.08333, -0.35926, 2.0, 0.88519, 0.81725, 0.56327, 0.28889, -0.13704, 1.29287,
+            1.14774, -0.47778, -2.1, 0.03333, 1.01296, 0.2,
+        ];
+        let smaller = [[0.17936, 0.94437, -0.82601, 0.33129], [0.3, 2.0, -2.1, 0.2]];
+        for (corners, larger, smaller) in
+            [(Corners::Edges, edges, smaller[0]), (Corners::Centres, centres, smaller[1])]
+        {
+            for (side, expected) in [(4, larger.as_slice()), (2, smaller.as_slice())] {
+                let found = resize_grid(&grid, 3, side, 1, corners);
+                for (found, expected) in found.iter().zip(expected) {
+                    assert!(
+                        (found - expected).abs() < 2e-5,
+                        "{corners:?} {side}: {found} {expected}"
+                    );
+                }
+            }
+        }
+    }
+
     #[test]
     fn the_class_token_stays_and_constants_too() {
         let mut values = vec![7.0f32, 8.0];
