@@ -78,11 +78,7 @@ def stage2(lavis_class, stage1, encoder, llm, projection):
     model = lavis_class.__new__(lavis_class)
     nn.Module.__init__(model)
     model.ln_vision, model.Qformer, model.query_tokens = stage1.ln_vision, stage1.Qformer, stage1.query_tokens
-    model.Qformer.cls = None
-    model.Qformer.bert.embeddings.word_embeddings = None
-    model.Qformer.bert.embeddings.position_embeddings = None
-    for layer in model.Qformer.bert.encoder.layer:
-        layer.output = layer.intermediate = None
+    tiny.drop_text_branch(model)
     width = llm.config.hidden_size
     generator = torch.Generator().manual_seed(width)
     linear = nn.Linear(tiny.CONFIG["hidden_size"], width)

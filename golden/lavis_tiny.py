@@ -162,6 +162,15 @@ def stage1_model(root):
     return model.train()
 
 
+def drop_text_branch(model):
+    """What the constructors of LAVIS' stage-2 models do with a Q-Former whose queries alone are used."""
+    model.Qformer.cls = None
+    model.Qformer.bert.embeddings.word_embeddings = None
+    model.Qformer.bert.embeddings.position_embeddings = None
+    for layer in model.Qformer.bert.encoder.layer:
+        layer.output = layer.intermediate = None
+
+
 def parameters(model):
     """Every parameter once under its first name (tied ones are not repeated)."""
     return dict(model.named_parameters())

@@ -60,11 +60,7 @@ def stage2_model(args):
     nn.Module.__init__(model)
     model.visual_encoder, model.ln_vision = stage1.visual_encoder, stage1.ln_vision
     model.Qformer, model.query_tokens = stage1.Qformer, stage1.query_tokens
-    model.Qformer.cls = None
-    model.Qformer.bert.embeddings.word_embeddings = None
-    model.Qformer.bert.embeddings.position_embeddings = None
-    for layer in model.Qformer.bert.encoder.layer:
-        layer.output = layer.intermediate = None
+    tiny.drop_text_branch(model)
     model.opt_model, model.opt_tokenizer = language_model(args.llama), LlmTokenizer()
     model.opt_proj = nn.Linear(tiny.CONFIG["hidden_size"], model.opt_model.config.hidden_size)
     generator = torch.Generator().manual_seed(tiny.SEED + 1)

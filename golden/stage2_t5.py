@@ -40,11 +40,7 @@ def stage2_model(args):
     nn.Module.__init__(model)
     model.visual_encoder, model.ln_vision = stage1.visual_encoder, stage1.ln_vision
     model.Qformer, model.query_tokens = stage1.Qformer, stage1.query_tokens
-    model.Qformer.cls = None
-    model.Qformer.bert.embeddings.word_embeddings = None
-    model.Qformer.bert.embeddings.position_embeddings = None
-    for layer in model.Qformer.bert.encoder.layer:
-        layer.output = layer.intermediate = None
+    tiny.drop_text_branch(model)
     model.t5_model = T5ForConditionalGeneration.from_pretrained(os.path.join(HERE, "lavis", "t5")).requires_grad_(False)
     model.t5_tokenizer, model.max_txt_len = Tokenizer(), MAX_LENGTH
     model.t5_proj = nn.Linear(tiny.CONFIG["hidden_size"], model.t5_model.config.d_model)

@@ -18,7 +18,7 @@ pub(crate) fn run(global: &Global, args: &AskArgs) -> anyhow::Result<Outcome> {
     if found.is_hopeless() {
         return found.report(global.format);
     }
-    let captioner = model::captioner(global)?;
+    let captioner = model::captioner(global, &model::open(&global.model)?)?;
     let side = captioner.vision().config().image_size;
     let history: Vec<(&str, &str)> =
         args.history.iter().map(|turn| (turn.question.as_str(), turn.answer.as_str())).collect();

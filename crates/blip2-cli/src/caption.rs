@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use blip2::generate::{Hypothesis, Options};
-use blip2::model::Manifest;
+use blip2::model::{Manifest, Model};
 use serde_json::{Value, json};
 
 use crate::cli::{CaptionArgs, Global};
@@ -17,10 +17,11 @@ pub(crate) fn run(global: &Global, args: &CaptionArgs) -> anyhow::Result<Outcome
     if found.is_hopeless() {
         return found.report(global.format);
     }
-    if stage(global, args)? == 1 {
-        return by_first_stage(global, args, &found, &options);
+    let model = model::open(&global.model)?;
+    if stage(&model, args)? == 1 {
+        return by_first_stage(global, args, &model, &found, &options);
     }
-    let captioner = model::captioner(global)?;
+    let captioner = model::captioner(global, &model)?;
     let side = captioner.vision().config().image_size;
     let prompt = args.prompt.as_deref().unwrap_or_else(|| captioner.caption_prompt());
     found.for_each_batch(&args.pictures, side, global.format, |paths, pictures| {
@@ -31,12 +32,12 @@ pub(crate) fn run(global: &Global, args: &CaptionArgs) -> anyhow::Result<Outcome
 
 /// The stage that was asked for, else the second. That the first one could write, too, is worth a hint and no more: its
 /// captions are those of a model in training.
-fn stage(global: &Global, args: &CaptionArgs) -> anyhow::Result<u8> {
+fn stage(model: &Model, args: &CaptionArgs) -> anyhow::Result<u8> {
     if let Some(stage) = args.stage {
         return Ok(stage);
     }
-    let Manifest { name, stage1, stage2, .. } = model::open(&global.model)?.manifest;
-    if stage2.is_none() && stage1.is_some_and(|part| !part.config.matching_only) {
+    let Manifest { name, stage1, stage2, .. } = &model.manifest;
+    if stage2.is_none() && stage1.as_ref().is_some_and(|part| !part.config.matching_only) {
         anyhow::bail!("model {name} has no stage-2 part; its first stage captions with --stage 1");
     }
     Ok(2)
@@ -45,13 +46,14 @@ fn stage(global: &Global, args: &CaptionArgs) -> anyhow::Result<u8> {
 fn by_first_stage(
     global: &Global,
     args: &CaptionArgs,
+    model: &Model,
     found: &Found,
     options: &Options,
 ) -> anyhow::Result<Outcome> {
     if args.prompt.is_some() {
         anyhow::bail!("--prompt: the first stage writes captions from their first word on");
     }
-    let matcher = model::matcher(global)?;
+    let matcher = model::matcher(global, model)?;
     let side = matcher.vision().config().image_size;
     found.for_each_batch(&args.pictures, side, global.format, |paths, pictures| {
         rows(paths, &matcher.caption(pictures, options)?, |c| matcher.text(c))

@@ -19,8 +19,9 @@ pub(crate) fn run(global: &Global, args: &EmbedArgs) -> anyhow::Result<Outcome> 
     if args.text.is_empty() && found.is_hopeless() {
         return found.report(global.format);
     }
-    let texts = texts::prepare(&model::open(&global.model)?, &args.text)?;
-    let matcher = model::matcher(global)?;
+    let model = model::open(&global.model)?;
+    let texts = texts::prepare(&model, &args.text)?;
+    let matcher = model::matcher(global, &model)?;
     let side = matcher.vision().config().image_size;
     if args.features == FeaturesName::Multimodal {
         return found.for_each_batch(&args.pictures, side, global.format, |paths, pictures| {

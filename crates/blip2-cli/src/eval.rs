@@ -13,9 +13,9 @@ pub(crate) fn run(global: &Global, args: &EvalArgs) -> anyhow::Result<Outcome> {
     let file = EvalFile::read(&args.recipe, &args.set)?;
     train::build_data(&file.data.dir, file.data.build)?;
     let description = model::open(&global.model)?;
-    let captioner = model::captioner(global)?;
+    let captioner = model::captioner(global, &description)?;
     let matcher = match description.manifest.stage1 {
-        Some(_) if file.retrieval.pairs > 0 => Some(model::matcher(global)?),
+        Some(_) if file.retrieval.pairs > 0 => Some(model::matcher(global, &description)?),
         _ => None,
     };
     let subject = Subject {

@@ -15,9 +15,10 @@ pub(crate) fn run(global: &Global, args: &MatchArgs) -> anyhow::Result<Outcome> 
     if found.is_hopeless() {
         return found.report(global.format);
     }
-    let texts = texts::prepare(&model::open(&global.model)?, &args.text)?;
+    let model = model::open(&global.model)?;
+    let texts = texts::prepare(&model, &args.text)?;
     let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
-    let matcher = model::matcher(global)?;
+    let matcher = model::matcher(global, &model)?;
     let side = matcher.vision().config().image_size;
     found.for_each_batch(&args.pictures, side, global.format, |paths, pictures| {
         let scores = matcher.score(pictures, &texts)?;

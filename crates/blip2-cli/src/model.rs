@@ -35,9 +35,8 @@ pub(crate) fn open(name: &str) -> anyhow::Result<Model> {
 }
 
 /// Loads what captions and answers.
-pub(crate) fn captioner(global: &Global) -> anyhow::Result<Captioner> {
+pub(crate) fn captioner(global: &Global, model: &Model) -> anyhow::Result<Captioner> {
     let mut bar = Progress::bytes();
-    let model = open(&global.model)?;
     let loaded =
         model.captioner(global.weights, &mut |name, done, total| bar.update(name, done, total))?;
     memory::keep();
@@ -45,9 +44,8 @@ pub(crate) fn captioner(global: &Global) -> anyhow::Result<Captioner> {
 }
 
 /// Loads what matches and embeds.
-pub(crate) fn matcher(global: &Global) -> anyhow::Result<Matcher> {
+pub(crate) fn matcher(global: &Global, model: &Model) -> anyhow::Result<Matcher> {
     let mut bar = Progress::bytes();
-    let model = open(&global.model)?;
     let loaded =
         model.matcher(global.weights, &mut |name, done, total| bar.update(name, done, total))?;
     memory::keep();

@@ -14,7 +14,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{Read as _, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use blip2::pack::make_readable;
@@ -320,23 +320,6 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     make_readable(file.as_file()).map_err(Error::io(path))?;
     file.persist(path).map_err(|err| Error::Io { path: path.to_path_buf(), source: err.error })?;
     sync_folder(dir)
-}
-
-/// The sha256 in hex of a file that may be larger than memory.
-///
-/// # Errors
-/// If it can't be read.
-pub fn sha256_file(path: &Path) -> Result<String> {
-    let mut hash = Sha256::new();
-    let mut file = File::open(path).map_err(Error::io(path))?;
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        match file.read(&mut buffer).map_err(Error::io(path))? {
-            0 => break,
-            n => hash.update(&buffer[..n]),
-        }
-    }
-    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// The sha256 of `bytes` in hex.

@@ -34,7 +34,7 @@ use serde::Deserialize;
 use serde_json::json;
 
 use crate::budget::check_llm;
-use crate::checkpoint::{save_tensors, sha256, sha256_file, write_atomic};
+use crate::checkpoint::{save_tensors, sha256, write_atomic};
 use crate::init;
 use crate::optim;
 use crate::order::purpose;
@@ -272,7 +272,8 @@ pub fn vision_key(model: &Model) -> Result<serde_json::Value> {
         PartFile::Mini => json!({"mini": part.config.image_size}),
         PartFile::File(name) => json!(sha256(&model.files().read(name)?)),
         PartFile::Path(path) => {
-            json!({"sha256": sha256_file(path)?, "image_size": part.config.image_size})
+            let hash = assets::hash_file(path).map_err(Error::io(path))?;
+            json!({"sha256": hash, "image_size": part.config.image_size})
         }
         // No training run makes features of such an encoder yet, so nothing is ever found under this.
         PartFile::Checkpoint => json!({"checkpoint": model.files().describe("")}),

@@ -486,7 +486,11 @@ fn size_and_time(path: &Path) -> io::Result<(u64, u64)> {
     Ok((meta.len(), u64::try_from(modified.as_nanos()).unwrap_or(u64::MAX)))
 }
 
-fn hash_file(path: &Path) -> io::Result<String> {
+/// The sha256 in hex of a file, which may be larger than memory.
+///
+/// # Errors
+/// If it can't be read.
+pub fn hash_file(path: &Path) -> io::Result<String> {
     let mut file = File::open(path)?;
     let mut hasher = Sha256::new();
     copy_hashed(&mut file, &mut io::sink(), &mut hasher, &mut |_| {})?;

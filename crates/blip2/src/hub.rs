@@ -14,17 +14,16 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
 use serde::Deserialize;
-use sha2::{Digest, Sha256};
 use ureq::http::{HeaderMap, Response, StatusCode};
 use ureq::{Agent, Body};
 
-use crate::assets::Progress;
+use crate::assets::{self, Progress};
 use crate::{Error, Result, shards};
 
 /// Attempts in a row that bring nothing before giving up; each goes on where the last one stopped.
@@ -333,7 +332,7 @@ impl Hub {
             return Err(Failure::Passing(format!("{have} of {} bytes came", blob.size)));
         }
         // The content of large files is called by its sha256; that of small ones by what git makes of it.
-        if blob.etag.len() == 64 && sha256(part)? != blob.etag {
+        if blob.etag.len() == 64 && assets::hash_file(part)? != blob.etag {
             fs::remove_file(part)?;
             return Err(Failure::Passing(format!("its sha256 is not {}", blob.etag)));
         }
@@ -523,19 +522,6 @@ fn shards_of(path: &Path) -> Result<BTreeSet<String>> {
     } else {
         Ok(BTreeSet::new())
     }
-}
-
-fn sha256(path: &Path) -> io::Result<String> {
-    let mut hash = Sha256::new();
-    let mut file = File::open(path)?;
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        match file.read(&mut buffer)? {
-            0 => break,
-            n => hash.update(&buffer[..n]),
-        }
-    }
-    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 fn create_parent(path: &Path) -> Result<()> {
