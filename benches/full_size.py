@@ -1,6 +1,6 @@
 """Random BLIP-2 folders of the published sizes, for tests of memory, speed and tokens without a hub.
 
-    python full_size.py --out DIR --llm opt-2.7b
+    python full_size.py --out DIR --vit g --llm opt-2.7b
 
 Layout, names and types are those of the published folders (f16, bf16 for T5; shards); words are `w0`, `w1`, … so that
 every id has a text. Weights are seeded noise scaled so that logits differ and texts don't repeat themselves.
@@ -25,6 +25,11 @@ from transformers import (
 OPT = dict(vocab_size=50304, bos_token_id=2, eos_token_id=50118, pad_token_id=1)
 T5 = dict(vocab_size=32128, bos_token_id=1, eos_token_id=1, pad_token_id=0, decoder_start_token_id=0, d_kv=64,
           feed_forward_proj="gated-gelu", dense_act_fn="gelu", tie_word_embeddings=False)
+VITS = {
+    "g": dict(),
+    "l": dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16),
+    "s": dict(hidden_size=384, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=6),
+}
 LLMS = {
     "opt-125m": OPTConfig(hidden_size=768, ffn_dim=3072, num_hidden_layers=12, num_attention_heads=12, word_embed_proj_dim=768, **OPT),
     "opt-2.7b": OPTConfig(hidden_size=2560, ffn_dim=10240, num_hidden_layers=32, num_attention_heads=32, word_embed_proj_dim=2560, **OPT),
@@ -56,19 +61,26 @@ def main():
     parser.add_argument("--out", required=True, help="the folder to write")
     parser.add_argument("--llm", choices=LLMS, default="opt-2.7b")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--vit", choices=VITS, default="g", help="g: EVA-CLIP's; l, s: the sizes of ViT-L and ViT-S in its architecture")
     args = parser.parse_args()
-    text = LLMS[args.llm]
+    make(args.out, args.vit, args.llm, args.seed)
+
+
+def make(out, vit, llm, seed=1):
+    """Writes the folder `out`."""
+    text = LLMS[llm]
     dtype = torch.bfloat16 if text.model_type == "t5" else torch.float16
     processor = Blip2Processor(BlipImageProcessor(size={"height": 224, "width": 224}), tokenizer(text), num_query_tokens=32)
+    vision = Blip2VisionConfig(**VITS[vit])
     config = Blip2Config(
-        vision_config=Blip2VisionConfig().to_dict(), qformer_config=Blip2QFormerConfig().to_dict(), text_config=text.to_dict(),
+        vision_config=vision.to_dict(), qformer_config=Blip2QFormerConfig(encoder_hidden_size=vision.hidden_size).to_dict(), text_config=text.to_dict(),
         num_query_tokens=32, image_token_index=processor.tokenizer.convert_tokens_to_ids("<image>"))
     torch.set_default_dtype(dtype)
     with torch.device("meta"):
         model = Blip2ForConditionalGeneration(config)
     torch.set_default_dtype(torch.float32)
     model.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "norm" in name.lower() and name.endswith("weight"):
             parameter.data.fill_(1)
@@ -83,9 +95,9 @@ def main():
     model.tie_weights()
     for key in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
         setattr(model.generation_config, key, getattr(text, key, None))
-    model.save_pretrained(args.out, max_shard_size="5GB")
-    processor.save_pretrained(args.out)
-    print(args.out, f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f} G parameters")
+    model.save_pretrained(out, max_shard_size="5GB")
+    processor.save_pretrained(out)
+    print(out, f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f} G parameters")
 
 
 if __name__ == "__main__":

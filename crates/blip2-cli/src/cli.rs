@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use blip2::hub::HubId;
+use blip2::image::Pixels;
 use blip2_ops::WeightFormat;
 use clap::builder::FalseyValueParser;
 use clap::error::ErrorKind;
@@ -143,6 +144,8 @@ pub(crate) enum Verb {
     Train(TrainArgs),
     /// Measure a model as a recipe says
     Eval(EvalArgs),
+    /// Time a model's parts on this machine, beside what the machine could do
+    Bench(BenchArgs),
 }
 
 /// How text is generated: by beams, or by sampling if a flag of that is given.
@@ -280,6 +283,41 @@ pub(crate) struct CaptionArgs {
     pub(crate) generate: GenerateArgs,
     #[command(flatten)]
     pub(crate) pictures: PictureArgs,
+}
+
+/// What is timed.
+#[derive(Debug, Args)]
+pub(crate) struct BenchArgs {
+    /// A picture to read each time [default: grey noise, nothing to decode]
+    pub(crate) image: Option<PathBuf>,
+    /// Text that the caption goes on from [default: the model's]
+    #[arg(long, env = "BLIP2_PROMPT", value_name = "P")]
+    pub(crate) prompt: Option<String>,
+    /// Beams; 1 is greedy
+    #[arg(long, env = "BLIP2_NUM_BEAMS", value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub(crate) num_beams: u16,
+    /// Tokens of every caption, no more and no fewer
+    #[arg(long, env = "BLIP2_MAX_NEW_TOKENS", value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) max_new_tokens: u16,
+    /// Pictures computed together
+    #[arg(long, env = "BLIP2_BATCH_SIZE", value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) batch_size: u16,
+    /// Runs of which the median is shown
+    #[arg(long, env = "BLIP2_REPEAT", value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub(crate) repeat: u16,
+    /// Pixels as transformers' PIL processor makes them
+    #[arg(long, env = "BLIP2_HF_PIXELS", value_parser = FalseyValueParser::new())]
+    pub(crate) hf_pixels: bool,
+    /// The same as --format jsonl
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+impl BenchArgs {
+    /// How the picture is read.
+    pub(crate) fn pixels(&self) -> Pixels {
+        if self.hf_pixels { Pixels::Hf } else { Pixels::Default }
+    }
 }
 
 #[derive(Debug, Args)]

@@ -1,6 +1,7 @@
 //! The `blip2` program. One verb, one file; this one is the table of contents.
 
 mod ask;
+mod bench;
 mod caption;
 mod cli;
 mod convert;
@@ -64,5 +65,6 @@ fn run(cli: &Cli) -> anyhow::Result<Outcome> {
         Verb::Data(args) => data::run(&cli.global, args),
         Verb::Train(args) => train::run(&cli.global, args),
         Verb::Eval(args) => eval::run(&cli.global, args),
+        Verb::Bench(args) => bench::run(&cli.global, args),
     }
 }

@@ -14,6 +14,14 @@ pub(crate) fn keep() {
     set_purge_delay(30_000);
 }
 
+/// The most memory this process has held so far, in bytes; None where the system does not tell.
+pub(crate) fn peak() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kilobytes: u64 = line.split_whitespace().next()?.parse().ok()?;
+    Some(kilobytes * 1024)
+}
+
 fn set_purge_delay(milliseconds: i64) {
     /// `mi_option_purge_delay` of mimalloc.h.
     const PURGE_DELAY: i32 = 15;

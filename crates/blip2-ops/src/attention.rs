@@ -11,6 +11,7 @@ use rayon::prelude::*;
 use crate::dropout::DropoutKey;
 use crate::gemm::{self, Output, RowsMut, Threads, product};
 use crate::host::{self, Fma, Host, simd};
+use crate::work;
 
 const NAME: &str = "attention";
 
@@ -196,6 +197,7 @@ impl Attention {
     fn forward(&self, x: &Inputs<'_>) -> Vec<f32> {
         let Dims { b, tq, tk, h, d, .. } = self.dims;
         let mut y = vec![0f32; b * tq * h * d];
+        work::read(size_of_val(x.k) + size_of_val(x.v));
         if tk == 0 {
             return y;
         }

@@ -16,7 +16,7 @@ use rayon::prelude::*;
 use crate::gemm::{self, Output, Threads, product};
 use crate::host::{self, Host};
 use crate::linear::{check_bias, fill_rows, out_shape};
-use crate::quant;
+use crate::{quant, work};
 
 const NAME: &str = "frozen_linear";
 
@@ -311,6 +311,7 @@ impl FrozenLinear {
     fn forward(&self, x: &[f32], n: usize) -> Result<Vec<f32>> {
         let (out, width) = self.weight.shape();
         let reader = Reader::new(&self.weight)?;
+        work::read(self.weight.bytes());
         let bias = self.bias.as_ref().map(|b| Host::new(NAME, b)).transpose()?;
         let bias = bias.as_deref();
         if n <= FEW_ROWS {
@@ -347,6 +348,7 @@ impl FrozenLinear {
     fn backward(&self, dy: &[f32], n: usize) -> Result<Vec<f32>> {
         let (out, width) = self.weight.shape();
         let reader = Reader::new(&self.weight)?;
+        work::read(self.weight.bytes());
         let mut dx = vec![0f32; n * width];
         if let Source::F32(w) = &reader.source {
             let (dy, w) = (gemm::rows(dy, n, out), gemm::rows(w, out, width));
@@ -377,6 +379,7 @@ fn few_rows(
     bias: Option<&[f32]>,
 ) -> Vec<f32> {
     let width = reader.width;
+    work::product(n, width, out);
     // (out, n): the results of one weight row lie together, and are turned round at the end.
     let mut turned = vec![0f32; out * n];
     if turned.is_empty() {

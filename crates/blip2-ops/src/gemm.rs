@@ -6,6 +6,8 @@
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 
+use crate::work;
+
 /// A row-major matrix, maybe some columns of a wider one.
 pub(crate) type Rows<'a> = MatRef<'a, f32>;
 /// A mutable row-major matrix, maybe some columns of a wider one.
@@ -84,6 +86,7 @@ pub(crate) fn product(
         return;
     }
     let work = out.nrows() * out.ncols() * a.ncols();
+    work::product(out.nrows(), a.ncols(), out.ncols());
     let par = match threads {
         Threads::All if work >= PARALLEL_FROM && rayon::current_num_threads() > 1 => Par::rayon(0),
         _ => Par::Seq,

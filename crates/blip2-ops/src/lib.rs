@@ -18,6 +18,7 @@
 //! | `dropout.rs` | [`dropout`], and [`Dropout`], the stream of its keys |
 //! | `comm.rs` | [`Communicator`], [`all_gather`] |
 //! | `optim.rs` | [`adamw_step`], [`sum_of_squares`] |
+//! | `work.rs` | [`Work`]: what the ops computed and read, for benchmarks |
 //! | `gemm.rs`, `host.rs` | the matrix product; borrowing tensors, threads, SIMD, `exp` |
 //!
 //! What holds for every op:
@@ -40,6 +41,7 @@ mod norm;
 mod optim;
 mod quant;
 mod rope;
+mod work;
 
 pub use activation::{gelu, quick_gelu, silu_gate};
 pub use attention::{Heads, attention};
@@ -52,3 +54,4 @@ pub use loss::{IGNORE, cross_entropy, soft_cross_entropy};
 pub use norm::{l2_normalize, layer_norm, rms_norm};
 pub use optim::{AdamW, adamw_step, sum_of_squares};
 pub use rope::{RopeStyle, rope};
+pub use work::Work;

@@ -4,6 +4,7 @@ use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tenso
 
 use crate::gemm::{self, Output, Threads, product};
 use crate::host::{self, Host};
+use crate::work;
 
 const NAME: &str = "linear";
 
@@ -65,6 +66,7 @@ impl Linear {
         n: usize,
     ) -> Vec<f32> {
         let d_in = w.len().checked_div(d_out).unwrap_or(0);
+        work::read(size_of_val(w));
         let mut y = vec![0f32; n * d_out];
         let output = match bias {
             None => Output::Replace,

@@ -628,22 +628,44 @@ impl Captioner {
         prompts: &[&str],
         options: &generate::Options,
     ) -> Result<Vec<Vec<Hypothesis>>> {
-        let b = patches.dim(0)?;
-        if prompts.len() != b || questions.len() != b {
+        self.generate_after(&self.soft_words(patches, questions)?, prompts, options)
+    }
+
+    /// Encoded pictures `patches` (b, tokens, width) → what the language model reads of them, soft words (b, queries, l). A
+    /// bridge that reads no questions leaves `questions` alone.
+    ///
+    /// # Errors
+    /// If there are not as many questions as pictures.
+    pub fn soft_words(&self, patches: &Tensor, questions: &[&str]) -> Result<Tensor> {
+        let (b, off) = (patches.dim(0)?, Dropout::off());
+        if questions.len() != b {
+            return Err(Error::Config(format!("{} questions for {b} pictures", questions.len())));
+        }
+        let Some(word_pieces) = &self.word_pieces else {
+            return self.bridge.soft_words(patches, &off);
+        };
+        let padding =
+            Padding { max_len: MAX_QUESTION_LEN, side: Side::Right, width: Width::Longest };
+        let batch = word_pieces.encode_batch(questions, true, padding)?;
+        let rows: Vec<u32> = (0..b as u32).collect();
+        let text = (&batch.ids, &batch.mask_tensor()?);
+        self.bridge.soft_words_asked(patches, &rows, text, &off)
+    }
+
+    /// For each picture, as its soft words (b, queries, l), and its prompt, the best texts.
+    ///
+    /// # Errors
+    /// As [`Self::generate`].
+    pub fn generate_after(
+        &self,
+        soft: &Tensor,
+        prompts: &[&str],
+        options: &generate::Options,
+    ) -> Result<Vec<Vec<Hypothesis>>> {
+        let b = soft.dim(0)?;
+        if prompts.len() != b {
             return Err(Error::Config(format!("{} prompts for {b} pictures", prompts.len())));
         }
-        let off = Dropout::off();
-        let soft = match &self.word_pieces {
-            None => self.bridge.soft_words(patches, &off)?,
-            Some(word_pieces) => {
-                let padding =
-                    Padding { max_len: MAX_QUESTION_LEN, side: Side::Right, width: Width::Longest };
-                let batch = word_pieces.encode_batch(questions, true, padding)?;
-                let rows: Vec<u32> = (0..b as u32).collect();
-                let text = (&batch.ids, &batch.mask_tensor()?);
-                self.bridge.soft_words_asked(patches, &rows, text, &off)?
-            }
-        };
         let ids = prompts
             .iter()
             .map(|prompt| match self.llm.has_encoder() {
@@ -652,7 +674,7 @@ impl Captioner {
                 false => prompt_ids(&self.tokenizer, prompt),
             })
             .collect::<Result<Vec<_>>>()?;
-        let (embeds, mask) = join_left_padded(&soft, &ids, &self.llm)?;
+        let (embeds, mask) = join_left_padded(soft, &ids, &self.llm)?;
         let mut options = options.clone();
         if options.eos.is_empty() {
             options.eos = self.end_ids.clone();
