@@ -161,8 +161,7 @@ impl<'a> Bench<'a> {
         let (cost, patches) =
             Cost::of(args.repeat, || Ok(captioner.vision().vit().forward(&pixels)?))?;
         parts.push(Part { name: "image encoder", cost });
-        let (cost, soft) =
-            Cost::of(args.repeat, || Ok(captioner.soft_words(&patches, &prompts)?))?;
+        let (cost, soft) = Cost::of(args.repeat, || Ok(captioner.soft_words(&patches, &prompts)?))?;
         parts.push(Part { name: "q-former", cost });
 
         let search = |tokens| {
@@ -250,8 +249,7 @@ impl Report<'_> {
             let first = captions.first();
             first.map(|c| Ok(caption::describe(&captioner.text(c)?, c))).transpose()
         };
-        let captions =
-            self.captions.iter().map(best).collect::<anyhow::Result<Vec<_>>>()?;
+        let captions = self.captions.iter().map(best).collect::<anyhow::Result<Vec<_>>>()?;
         Ok(json!({
             "model": self.model,
             "weights": self.weights,

@@ -1,7 +1,7 @@
 //! Weights that are used but never trained, in a small format, and the product with them.
 //!
-//! Activations stay f32 and are never quantised: a product equals the f32 product with the
-//! dequantised weight up to the order of sums. There is no gradient for a frozen weight, and no
+//! A product equals the f32 product with the dequantised weight: for f32 and f16 weights up to the order of sums, for
+//! quantised ones up to the 16 bits that x has there (see `panel.rs`). There is no gradient for a frozen weight, and no
 //! memory for one.
 
 use std::fmt;
@@ -11,19 +11,22 @@ use std::sync::Arc;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor, bail};
 use half::f16;
+use half::slice::HalfFloatSliceExt as _;
 use rayon::prelude::*;
 
 use crate::gemm::{self, Output, Threads, product};
 use crate::host::{self, Host};
 use crate::linear::{check_bias, fill_rows, out_shape};
+use crate::panel::{IntKind, Panels};
+use crate::tile::COLUMNS;
 use crate::{quant, work};
 
 const NAME: &str = "frozen_linear";
 
-/// Up to this many rows of x, each weight row is unpacked once and multiplied on the spot.
+/// Weights that are unpacked together for a gradient, or for a product in a format without panels.
+const UNPACKED: usize = 1 << 20;
+/// Up to this many rows of x, each weight row of such a format is unpacked once and multiplied on the spot.
 const FEW_ROWS: usize = 8;
-/// Weight rows that are unpacked together for a matrix product.
-const PANEL: usize = 128;
 
 /// How a frozen weight is kept in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -91,8 +94,8 @@ struct Inner {
 }
 
 enum Store {
-    F32(Tensor),
-    F16(Vec<f16>),
+    Panels(Panels),
+    /// GGUF formats that have no kernel of their own.
     Blocks(Arc<QTensor>),
 }
 
@@ -104,7 +107,7 @@ impl fmt::Debug for FrozenWeight {
 
 impl FrozenWeight {
     /// Stores `weight (out, in)`, of any float type, as `format` (or what
-    /// [`WeightFormat::for_width`] makes of it). An f32 tensor kept as f32 is shared, not copied.
+    /// [`WeightFormat::for_width`] makes of it).
     pub fn new(weight: &Tensor, format: WeightFormat) -> Result<Self> {
         let &[out, width] = weight.dims() else {
             bail!("frozen weight: {:?} is not (out, in)", weight.shape());
@@ -116,21 +119,21 @@ impl FrozenWeight {
             bail!("frozen weight: {:?} is not a float type", weight.dtype());
         }
         let weight = weight.detach();
-        let blocks = |dtype| -> Result<Store> {
-            let weight = weight.to_dtype(DType::F32)?.contiguous()?;
-            Ok(Store::Blocks(Arc::new(QTensor::quantize(&weight, dtype)?)))
-        };
         // Candle cannot quantise nothing, and nothing needs no blocks.
         let format = if out * width == 0 { WeightFormat::F32 } else { format.for_width(width) };
-        let store = match format {
-            WeightFormat::F32 => Store::F32(weight.to_dtype(DType::F32)?.contiguous()?),
-            WeightFormat::F16 => {
-                Store::F16(weight.to_dtype(DType::F16)?.flatten_all()?.to_vec1::<f16>()?)
+        let panels = match format {
+            WeightFormat::F32 => {
+                let weight = weight.to_dtype(DType::F32)?;
+                Panels::f32(&Host::new(NAME, &weight)?, out, width)
             }
-            WeightFormat::Q8_0 => blocks(GgmlDType::Q8_0)?,
-            WeightFormat::Q4K => blocks(GgmlDType::Q4K)?,
+            WeightFormat::F16 => {
+                let halves = weight.to_dtype(DType::F16)?.flatten_all()?.to_vec1::<f16>()?;
+                Panels::f16(halves.reinterpret_cast(), out, width)
+            }
+            WeightFormat::Q8_0 => quantised(&weight, IntKind::Q8_0, GgmlDType::Q8_0)?,
+            WeightFormat::Q4K => quantised(&weight, IntKind::Q4K, GgmlDType::Q4K)?,
         };
-        Ok(Self(Arc::new(Inner { store, out, width })))
+        Ok(Self(Arc::new(Inner { store: Store::Panels(panels), out, width })))
     }
 
     /// Keeps a tensor read from a GGUF file in the format it has there.
@@ -141,17 +144,32 @@ impl FrozenWeight {
         if !tensor.device().is_cpu() {
             bail!("frozen weight: works on the CPU only, got {:?}", tensor.device().location());
         }
-        let store = match tensor.dtype() {
-            GgmlDType::F32 => Store::F32(tensor.dequantize(&Device::Cpu)?),
+        let kind = match tensor.dtype() {
+            GgmlDType::F32 => {
+                return Self::new(&tensor.dequantize(&Device::Cpu)?, WeightFormat::F32);
+            }
             GgmlDType::F16 => {
                 let bytes = tensor.data()?;
-                Store::F16(
-                    bytes.as_chunks::<2>().0.iter().map(|b| f16::from_le_bytes(*b)).collect(),
-                )
+                let halves: Vec<u16> =
+                    bytes.as_chunks::<2>().0.iter().map(|b| u16::from_le_bytes(*b)).collect();
+                let store = Store::Panels(Panels::f16(&halves, out, width));
+                return Ok(Self(Arc::new(Inner { store, out, width })));
             }
-            _ => Store::Blocks(tensor),
+            GgmlDType::Q8_0 => IntKind::Q8_0,
+            GgmlDType::Q4_0 => IntKind::Q4_0,
+            GgmlDType::Q4_1 => IntKind::Q4_1,
+            GgmlDType::Q4K => IntKind::Q4K,
+            _ => {
+                let store = Store::Blocks(tensor);
+                return Ok(Self(Arc::new(Inner { store, out, width })));
+            }
         };
-        Ok(Self(Arc::new(Inner { store, out, width })))
+        let (bytes, per_row) = (tensor.data()?, kind.row_bytes(width));
+        let panels = Panels::ints(kind, out, width, |rows, out| {
+            out.copy_from_slice(&bytes[rows.start * per_row..rows.end * per_row]);
+            Ok::<_, candle_core::Error>(())
+        })?;
+        Ok(Self(Arc::new(Inner { store: Store::Panels(panels), out, width })))
     }
 
     /// `(out, in)`.
@@ -162,8 +180,14 @@ impl FrozenWeight {
     /// The format in memory: `f32`, `f16`, `q8_0`, `q4_k`, or another GGUF name in lower case.
     pub fn format_name(&self) -> &'static str {
         match &self.0.store {
-            Store::F32(_) => "f32",
-            Store::F16(_) => "f16",
+            Store::Panels(panels) => match panels.int_kind() {
+                None if panels.is_f16() => "f16",
+                None => "f32",
+                Some(IntKind::Q8_0) => "q8_0",
+                Some(IntKind::Q4_0) => "q4_0",
+                Some(IntKind::Q4_1) => "q4_1",
+                Some(IntKind::Q4K) => "q4_k",
+            },
             Store::Blocks(q) => match q.dtype() {
                 GgmlDType::F32 => "f32",
                 GgmlDType::F16 => "f16",
@@ -187,22 +211,16 @@ impl FrozenWeight {
     /// Bytes of memory the weights take.
     pub fn bytes(&self) -> usize {
         match &self.0.store {
-            Store::F32(t) => t.elem_count() * 4,
-            Store::F16(v) => v.len() * 2,
+            Store::Panels(panels) => panels.bytes(),
             Store::Blocks(q) => q.storage_size_in_bytes(),
         }
     }
 
     /// The whole weight `(out, in)` in f32.
     pub fn dequantize(&self) -> Result<Tensor> {
-        let Inner { store, out, width } = &*self.0;
-        if let Store::F32(t) = store {
-            return Ok(t.clone());
-        }
-        let reader = Reader::new(self)?;
+        let Inner { out, width, .. } = &*self.0;
         let mut all = vec![0f32; out * width];
-        let chunk = host::rows_per_piece(*width) * width;
-        host::for_pieces(&mut all, chunk, |start, rows| reader.rows(start / width, rows));
+        Reader::new(self)?.fill(0, &mut all);
         host::tensor(all, (*out, *width))
     }
 
@@ -216,11 +234,21 @@ impl FrozenWeight {
         let mut all = vec![0f32; ids.len() * width];
         if !all.is_empty() {
             for (row, &id) in all.chunks_exact_mut(*width).zip(ids) {
-                reader.rows(id as usize, row);
+                reader.row(id as usize, row);
             }
         }
         host::tensor(all, (ids.len(), *width))
     }
+}
+
+/// Quantises row by row, 32 rows at a time: no copy of the whole in f32 is made.
+fn quantised(weight: &Tensor, kind: IntKind, dtype: GgmlDType) -> Result<Panels> {
+    let (out, width) = weight.dims2()?;
+    Panels::ints(kind, out, width, |rows, bytes| {
+        let rows = weight.narrow(0, rows.start, rows.len())?.to_dtype(DType::F32)?;
+        bytes.copy_from_slice(&QTensor::quantize(&rows.contiguous()?, dtype)?.data()?);
+        Ok(())
+    })
 }
 
 /// Reads weight rows as f32.
@@ -230,8 +258,7 @@ struct Reader<'a> {
 }
 
 enum Source<'a> {
-    F32(Host<'a>),
-    F16(&'a [f16]),
+    Panels(&'a Panels),
     Bytes { dtype: GgmlDType, bytes: std::borrow::Cow<'a, [u8]>, per_row: usize },
     Candle(&'a QTensor),
 }
@@ -240,8 +267,7 @@ impl<'a> Reader<'a> {
     fn new(weight: &'a FrozenWeight) -> Result<Self> {
         let Inner { store, width, .. } = &*weight.0;
         let source = match store {
-            Store::F32(t) => Source::F32(Host::new(NAME, t)?),
-            Store::F16(v) => Source::F16(v),
+            Store::Panels(panels) => Source::Panels(panels),
             Store::Blocks(q) if quant::known(q.dtype()) => {
                 let dtype = q.dtype();
                 let per_row = width / dtype.block_size() * dtype.type_size();
@@ -252,37 +278,42 @@ impl<'a> Reader<'a> {
         Ok(Self { source, width: *width })
     }
 
-    /// Fills `out` with whole rows from row `first` on.
-    fn rows(&self, first: usize, out: &mut [f32]) {
-        let start = first * self.width;
+    /// Fills `out` with row `index`.
+    fn row(&self, index: usize, out: &mut [f32]) {
         match &self.source {
-            Source::F32(w) => out.copy_from_slice(&w[start..start + out.len()]),
-            Source::F16(w) => quant::from_f16(&w[start..start + out.len()], out),
+            Source::Panels(panels) => panels.row(index, out),
             Source::Bytes { dtype, bytes, per_row } => {
-                let n = out.len().checked_div(self.width).unwrap_or(0);
-                let bytes = &bytes[first * per_row..(first + n) * per_row];
+                let bytes = &bytes[index * per_row..(index + 1) * per_row];
                 quant::dequantize(*dtype, bytes, out);
             }
             Source::Candle(q) => {
-                let n = out.len().checked_div(self.width).unwrap_or(0);
-                let ids: Vec<u32> = (first..first + n).map(|i| i as u32).collect();
-                let rows = Tensor::new(ids, &Device::Cpu).and_then(|ids| q.embedding(&ids));
+                let row = Tensor::new(&[index as u32], &Device::Cpu)
+                    .and_then(|ids| q.embedding(&ids)?.flatten_all()?.to_vec1::<f32>());
                 // Rows and shape were checked when the weight was made.
-                match rows.and_then(|r| r.flatten_all()?.to_vec1::<f32>()) {
-                    Ok(rows) => out.copy_from_slice(&rows),
+                match row {
+                    Ok(row) => out.copy_from_slice(&row),
                     Err(_) => out.fill(f32::NAN),
                 }
             }
         }
     }
 
-    /// Runs `f` on row `i`, unpacked into `scratch` if need be.
-    fn with_row<R>(&self, i: usize, scratch: &mut [f32], f: impl FnOnce(&[f32]) -> R) -> R {
-        if let Source::F32(w) = &self.source {
-            return f(&w[i * self.width..(i + 1) * self.width]);
-        }
-        self.rows(i, scratch);
-        f(scratch)
+    /// Fills `out` with whole rows from row `first` on, a multiple of [`COLUMNS`].
+    fn fill(&self, first: usize, out: &mut [f32]) {
+        let width = self.width;
+        host::for_pieces(out, COLUMNS * width, |start, rows| match &self.source {
+            Source::Panels(panels) => panels.rows_of((first + start / width) / COLUMNS, rows),
+            _ => {
+                for (i, row) in rows.chunks_exact_mut(width).enumerate() {
+                    self.row(first + start / width + i, row);
+                }
+            }
+        });
+    }
+
+    /// Rows that are unpacked together.
+    fn step(&self) -> usize {
+        (UNPACKED / self.width.max(1)).max(1).next_multiple_of(COLUMNS)
     }
 }
 
@@ -310,10 +341,14 @@ struct FrozenLinear {
 impl FrozenLinear {
     fn forward(&self, x: &[f32], n: usize) -> Result<Vec<f32>> {
         let (out, width) = self.weight.shape();
-        let reader = Reader::new(&self.weight)?;
         work::read(self.weight.bytes());
         let bias = self.bias.as_ref().map(|b| Host::new(NAME, b)).transpose()?;
         let bias = bias.as_deref();
+        if let Store::Panels(panels) = &self.weight.0.store {
+            work::product(n, width, out);
+            return Ok(panels.product(x, n, bias));
+        }
+        let reader = Reader::new(&self.weight)?;
         if n <= FEW_ROWS {
             return Ok(few_rows(&reader, x, n, out, bias));
         }
@@ -326,22 +361,15 @@ impl FrozenLinear {
             None => Output::Replace,
         };
         let x = gemm::rows(x, n, width);
-        if let Source::F32(w) = &reader.source {
-            let w = gemm::rows(w, out, width).transpose();
-            product(gemm::rows_mut(&mut y, n, out), output, 1.0, x, w, Threads::All);
-            return Ok(y);
+        let step = reader.step();
+        let mut unpacked = vec![0f32; step.min(out) * width];
+        let columns = gemm::split_columns(gemm::rows_mut(&mut y, n, out), step);
+        for (i, y) in columns.into_iter().enumerate() {
+            let rows = y.ncols();
+            let w = &mut unpacked[..rows * width];
+            reader.fill(i * step, w);
+            product(y, output, 1.0, x, gemm::rows(w, rows, width).transpose(), Threads::All);
         }
-        let panels = gemm::split_columns(gemm::rows_mut(&mut y, n, out), PANEL);
-        panels.into_par_iter().enumerate().for_each_init(
-            || vec![0f32; PANEL * width],
-            |scratch, (i, y)| {
-                let rows = y.ncols();
-                let w = &mut scratch[..rows * width];
-                reader.rows(i * PANEL, w);
-                let w = gemm::rows(w, rows, width).transpose();
-                product(y, output, 1.0, x, w, Threads::One);
-            },
-        );
         Ok(y)
     }
 
@@ -350,21 +378,15 @@ impl FrozenLinear {
         let reader = Reader::new(&self.weight)?;
         work::read(self.weight.bytes());
         let mut dx = vec![0f32; n * width];
-        if let Source::F32(w) = &reader.source {
-            let (dy, w) = (gemm::rows(dy, n, out), gemm::rows(w, out, width));
-            product(gemm::rows_mut(&mut dx, n, width), Output::Replace, 1.0, dy, w, Threads::All);
-            return Ok(dx);
-        }
-        // Panels add to the same dx, so they follow one another; each is done by all threads.
-        let mut scratch = vec![0f32; PANEL * width];
-        for first in (0..out).step_by(PANEL) {
-            let rows = PANEL.min(out - first);
-            let w = &mut scratch[..rows * width];
-            host::for_pieces(w, host::rows_per_piece(width) * width, |start, w| {
-                reader.rows(first + start / width, w);
-            });
+        let step = reader.step();
+        let mut unpacked = vec![0f32; step.min(out) * width];
+        for first in (0..out).step_by(step) {
+            let rows = step.min(out - first);
+            let w = &mut unpacked[..rows * width];
+            reader.fill(first, w);
             let (dy, w) = (gemm::columns(dy, n, out, first, rows), gemm::rows(w, rows, width));
-            product(gemm::rows_mut(&mut dx, n, width), Output::Add, 1.0, dy, w, Threads::All);
+            let output = if first == 0 { Output::Replace } else { Output::Add };
+            product(gemm::rows_mut(&mut dx, n, width), output, 1.0, dy, w, Threads::All);
         }
         Ok(dx)
     }
@@ -390,9 +412,8 @@ fn few_rows(
         let mut scratch = vec![0f32; width];
         for (r, y) in y.chunks_exact_mut(n).enumerate() {
             let o = piece * per_piece + r;
-            reader.with_row(o, &mut scratch, |w| {
-                host::dots(x, w, y);
-            });
+            reader.row(o, &mut scratch);
+            host::dots(x, &scratch, y);
             if let Some(bias) = bias {
                 y.iter_mut().for_each(|y| *y += bias[o]);
             }

@@ -3,13 +3,14 @@
 //!
 //! Candle's own layers are either forward-only (gradients stop without a word) or compute gradients
 //! of frozen weights. Here every op is a candle custom op with a hand-written backward pass, f32 on
-//! the CPU, its products done by faer. In a backward pass the gradient of an argument is computed
+//! the CPU; products of trained weights are faer's, those of frozen ones our own. In a backward pass the gradient of an argument is computed
 //! only if that argument is tracked.
 //!
 //! | file | what it holds |
 //! |---|---|
 //! | `linear.rs` | [`linear`]: product with a trained weight |
 //! | `frozen.rs`, `quant.rs` | [`FrozenWeight`] in f32, f16 or GGUF blocks, [`frozen_linear`] |
+//! | `panel.rs`, `tile.rs` | how frozen weights lie in memory, and the innermost products with them |
 //! | `attention.rs` | [`attention`]: grouped heads, additive bias, dropout on probabilities |
 //! | `norm.rs` | [`layer_norm`], [`rms_norm`], [`l2_normalize`] |
 //! | `activation.rs` | [`gelu`], [`quick_gelu`], [`silu_gate`] |
@@ -39,8 +40,10 @@ mod linear;
 mod loss;
 mod norm;
 mod optim;
+mod panel;
 mod quant;
 mod rope;
+mod tile;
 mod work;
 
 pub use activation::{gelu, quick_gelu, silu_gate};

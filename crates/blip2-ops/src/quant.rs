@@ -1,17 +1,15 @@
 //! Reading GGUF blocks: rows of stored bytes → f32, bit for bit what candle's `dequantize` gives.
 //!
-//! Block layouts are those of the GGUF format. Formats without a reader here fall back to candle's
-//! own (slower) row look-up in `frozen.rs`.
-
-use candle_core::quantized::GgmlDType;
-use half::f16;
+//! Block layouts are those of the GGUF format. Those with a kernel of their own are read by `panel.rs`; formats without a
+//! reader anywhere fall back to candle's own (slower) row look-up in `frozen.rs`.
 
 use crate::host::simd;
+use candle_core::quantized::GgmlDType;
 
 /// Whether [`dequantize`] knows the format.
 pub(crate) fn known(dtype: GgmlDType) -> bool {
-    use GgmlDType::{BF16, F16, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
-    matches!(dtype, BF16 | F16 | Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q8_0 | Q4K | Q5K | Q6K)
+    use GgmlDType::{BF16, Q5_0, Q5_1, Q5K, Q6K};
+    matches!(dtype, BF16 | Q5_0 | Q5_1 | Q5K | Q6K)
 }
 
 /// Unpacks whole blocks of a [`known`] format.
@@ -31,22 +29,13 @@ pub(crate) fn dequantize(dtype: GgmlDType, bytes: &[u8], out: &mut [f32]) {
                 };
             }
             match dtype {
-                GgmlDType::F16 => {
-                    for (h, y) in bytes.as_chunks::<2>().0.iter().zip(out) {
-                        *y = half_to_f32(u16::from_le_bytes(*h));
-                    }
-                }
                 GgmlDType::BF16 => {
                     for (h, y) in bytes.as_chunks::<2>().0.iter().zip(out) {
                         *y = f32::from_bits(u32::from(u16::from_le_bytes(*h)) << 16);
                     }
                 }
-                GgmlDType::Q4_0 => blocks!(18, 32, q4_0),
-                GgmlDType::Q4_1 => blocks!(20, 32, q4_1),
                 GgmlDType::Q5_0 => blocks!(22, 32, q5_0),
                 GgmlDType::Q5_1 => blocks!(24, 32, q5_1),
-                GgmlDType::Q8_0 => blocks!(34, 32, q8_0),
-                GgmlDType::Q4K => blocks!(144, 256, q4_k),
                 GgmlDType::Q5K => blocks!(176, 256, q5_k),
                 GgmlDType::Q6K => blocks!(210, 256, q6_k),
                 _ => out.fill(f32::NAN),
@@ -55,21 +44,9 @@ pub(crate) fn dequantize(dtype: GgmlDType, bytes: &[u8], out: &mut [f32]) {
     );
 }
 
-/// Unpacks f16 values.
-pub(crate) fn from_f16(values: &[f16], out: &mut [f32]) {
-    simd(
-        #[inline(always)]
-        |_| {
-            for (h, y) in values.iter().zip(out) {
-                *y = half_to_f32(h.to_bits());
-            }
-        },
-    );
-}
-
 /// f16 bits → f32 without branches, so that loops over it are vectorised.
 #[inline(always)]
-fn half_to_f32(h: u16) -> f32 {
+pub(crate) fn half_to_f32(h: u16) -> f32 {
     // 2^112: the difference of the exponents' biases. Also makes subnormal halves normal.
     const REBIAS: f32 = f32::from_bits((112 + 127) << 23);
     let h = u32::from(h);
@@ -87,28 +64,6 @@ fn half(block: &[u8], at: usize) -> f32 {
 #[inline(always)]
 fn word(block: &[u8], at: usize) -> u32 {
     u32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]])
-}
-
-/// d, 16 bytes of nibbles: first halves, then second halves.
-#[inline(always)]
-fn q4_0(block: &[u8; 18], y: &mut [f32; 32]) {
-    let d = half(block, 0);
-    for j in 0..16 {
-        let q = i32::from(block[2 + j]);
-        y[j] = ((q & 15) - 8) as f32 * d;
-        y[j + 16] = ((q >> 4) - 8) as f32 * d;
-    }
-}
-
-/// d, minimum, nibbles.
-#[inline(always)]
-fn q4_1(block: &[u8; 20], y: &mut [f32; 32]) {
-    let (d, m) = (half(block, 0), half(block, 2));
-    for j in 0..16 {
-        let q = i32::from(block[4 + j]);
-        y[j] = (q & 15) as f32 * d + m;
-        y[j + 16] = (q >> 4) as f32 * d + m;
-    }
 }
 
 /// d, 32 fifth bits, nibbles.
@@ -137,16 +92,6 @@ fn q5_1(block: &[u8; 24], y: &mut [f32; 32]) {
     }
 }
 
-/// d, 32 signed bytes.
-#[inline(always)]
-fn q8_0(block: &[u8; 34], y: &mut [f32; 32]) {
-    let d = half(block, 0);
-    let Some(q) = block.last_chunk::<32>() else { return };
-    for j in 0..32 {
-        y[j] = f32::from(q[j] as i8) * d;
-    }
-}
-
 /// The j-th of eight 6-bit (scale, minimum) pairs packed in 12 bytes.
 #[inline(always)]
 fn scale_min(j: usize, s: &[u8]) -> (f32, f32) {
@@ -158,24 +103,7 @@ fn scale_min(j: usize, s: &[u8]) -> (f32, f32) {
     (f32::from(scale), f32::from(min))
 }
 
-/// d, dmin, scales, then four groups of 32 bytes: low nibbles, high nibbles.
-#[inline(always)]
-fn q4_k(block: &[u8; 144], y: &mut [f32; 256]) {
-    let (d, dmin, scales) = (half(block, 0), half(block, 2), &block[4..16]);
-    for g in 0..4 {
-        let q = &block[16 + 32 * g..48 + 32 * g];
-        let y = &mut y[64 * g..64 * g + 64];
-        let ((s1, m1), (s2, m2)) = (scale_min(2 * g, scales), scale_min(2 * g + 1, scales));
-        let (d1, m1, d2, m2) = (d * s1, dmin * m1, d * s2, dmin * m2);
-        let (low, high) = y.split_at_mut(32);
-        for ((low, high), q) in low.iter_mut().zip(high).zip(q) {
-            *low = d1 * f32::from(q & 15) - m1;
-            *high = d2 * f32::from(q >> 4) - m2;
-        }
-    }
-}
-
-/// As Q4_K with a plane of fifth bits before the nibbles.
+/// d, dmin, scales, a plane of fifth bits, then four groups of 32 bytes: low nibbles, high nibbles.
 #[inline(always)]
 fn q5_k(block: &[u8; 176], y: &mut [f32; 256]) {
     let (d, dmin, scales) = (half(block, 0), half(block, 2), &block[4..16]);
@@ -218,6 +146,8 @@ fn q6_k(block: &[u8; 210], y: &mut [f32; 256]) {
 
 #[cfg(test)]
 mod tests {
+    use half::f16;
+
     use super::*;
 
     #[test]

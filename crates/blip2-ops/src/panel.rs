@@ -1,0 +1,818 @@
+//! Frozen weights as panels: 32 output columns side by side, so that a product reads memory once, from front to back,
+//! and a column is a lane.
+//!
+//! ```text
+//! f32, f16     [panel][k][32 columns]
+//! quantised    [panel][block][two bytes of the block][32 columns]
+//! ```
+//!
+//! A quantised block of the GGUF formats is an even number of bytes, scales first; a panel has the first two bytes of its
+//! 32 columns, then the next two, and so on. Nothing is lost or added: a panel is as large as the rows it was made of.
+//!
+//! Products with floats are those of f32. For products with quantised weights x becomes 16-bit integers with a scale
+//! for every 32: off by at most 1/65 534 of the block's largest, a hundredth of what eight bits have cost the weights.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use crate::host::{self, simd};
+use crate::quant::half_to_f32;
+use crate::tile::{self, BLOCK, COLUMNS, Floats, IntRows, Ints, Isa, PAIRS, Row, Unit};
+
+/// Positions along k that are worked on together: floats of x and of a panel that fit the second-level cache.
+const FLOAT_CHUNK: usize = 512;
+/// The same for quantised weights, which are unpacked for it: into the first-level cache. A block of Q4_K.
+const INT_CHUNK: usize = 256;
+const CHUNK_BLOCKS: usize = INT_CHUNK / BLOCK;
+
+/// Rows of x that are worked on together: a chunk of them fits the second-level cache.
+const ROWS: usize = 320;
+
+/// A quantised format that has panels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum IntKind {
+    Q8_0,
+    Q4_0,
+    Q4_1,
+    Q4K,
+}
+
+impl IntKind {
+    /// Positions along k in a block.
+    pub(crate) fn positions(self) -> usize {
+        match self {
+            Self::Q8_0 | Self::Q4_0 | Self::Q4_1 => 32,
+            Self::Q4K => 256,
+        }
+    }
+
+    /// Bytes of a block.
+    fn bytes(self) -> usize {
+        match self {
+            Self::Q8_0 => 34,
+            Self::Q4_0 => 18,
+            Self::Q4_1 => 20,
+            Self::Q4K => 144,
+        }
+    }
+
+    /// Bytes of a row of `width` weights.
+    pub(crate) fn row_bytes(self, width: usize) -> usize {
+        width / self.positions() * self.bytes()
+    }
+
+    /// Whether a weight is more than scale times integer.
+    fn has_offset(self) -> bool {
+        matches!(self, Self::Q4_1 | Self::Q4K)
+    }
+
+    /// Unpacks whole blocks.
+    #[inline(always)]
+    fn unpack(self, units: &[Unit], out: &mut [Ints]) {
+        let per_block = self.bytes() / 2;
+        match self {
+            Self::Q8_0 => {
+                for (units, out) in units.chunks_exact(per_block).zip(out) {
+                    out.scale = halves(&units[0]);
+                    bytes(&units[1..], &mut out.q);
+                }
+            }
+            Self::Q4_0 => {
+                for (units, out) in units.chunks_exact(per_block).zip(out) {
+                    out.scale = halves(&units[0]);
+                    let (low, high) = out.q.split_at_mut(PAIRS / 2);
+                    nibbles(&units[1..], low, high, 8);
+                }
+            }
+            Self::Q4_1 => {
+                for (units, out) in units.chunks_exact(per_block).zip(out) {
+                    out.scale = halves(&units[0]);
+                    out.offset = halves(&units[1]);
+                    let (low, high) = out.q.split_at_mut(PAIRS / 2);
+                    nibbles(&units[2..], low, high, 0);
+                }
+            }
+            Self::Q4K => {
+                for (units, out) in units.chunks_exact(per_block).zip(out.as_chunks_mut::<8>().0) {
+                    let mut scales = [[[0.0; COLUMNS]; 2]; 8];
+                    q4_k_scales(units, &mut scales);
+                    for (out, scales) in out.iter_mut().zip(scales) {
+                        [out.scale, out.offset] = scales;
+                    }
+                    let pairs = units[8..].chunks_exact(PAIRS).zip(out.as_chunks_mut::<2>().0);
+                    for (units, [low, high]) in pairs {
+                        nibbles(units, &mut low.q, &mut high.q, 0);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Signed bytes.
+#[inline(always)]
+fn bytes(units: &[Unit], q: &mut [Pairs]) {
+    // One long loop: short ones of known length are unrolled before they can be vectorised.
+    for (byte, q) in units.as_flattened().iter().zip(q.as_flattened_mut()) {
+        *q = i16::from(*byte as i8);
+    }
+}
+
+/// A half of each column.
+#[inline(always)]
+fn halves(unit: &Unit) -> Row {
+    let mut out = [0f32; COLUMNS];
+    for (out, half) in out.iter_mut().zip(unit.as_chunks::<2>().0) {
+        *out = half_to_f32(u16::from_le_bytes(*half));
+    }
+    out
+}
+
+/// Low halves of bytes to one place, high ones to another, both less `zero`.
+#[inline(always)]
+fn nibbles(units: &[Unit], low: &mut [Pairs], high: &mut [Pairs], zero: i16) {
+    let (low, high) = (low.as_flattened_mut(), high.as_flattened_mut());
+    for ((byte, low), high) in units.as_flattened().iter().zip(low).zip(high) {
+        *low = i16::from(byte & 15) - zero;
+        *high = i16::from(byte >> 4) - zero;
+    }
+}
+
+type Pairs = [i16; 2 * COLUMNS];
+
+/// The eight scales and offsets of every column: two halves that multiply 6-bit integers, packed in twelve bytes.
+#[inline(always)]
+fn q4_k_scales(units: &[Unit], out: &mut [[Row; 2]; 8]) {
+    let (d, d_min) = (halves(&units[0]), halves(&units[1]));
+    let mut packed = [[0u8; COLUMNS]; 12];
+    for (bytes, unit) in packed.as_chunks_mut::<2>().0.iter_mut().zip(&units[2..8]) {
+        for (c, pair) in unit.as_chunks::<2>().0.iter().enumerate() {
+            bytes[0][c] = pair[0];
+            bytes[1][c] = pair[1];
+        }
+    }
+    for (j, [scale, offset]) in out.iter_mut().enumerate() {
+        for c in 0..COLUMNS {
+            let (s, m) = if j < 4 {
+                (packed[j][c] & 63, packed[j + 4][c] & 63)
+            } else {
+                let low = packed[j + 4][c];
+                (low & 15 | packed[j - 4][c] >> 6 << 4, low >> 4 | packed[j][c] >> 6 << 4)
+            };
+            scale[c] = d[c] * f32::from(s);
+            offset[c] = -(d_min[c] * f32::from(m));
+        }
+    }
+}
+
+/// A weight `(out, in)`.
+pub(crate) struct Panels {
+    store: Store,
+    out: usize,
+    width: usize,
+}
+
+enum Store {
+    F32(Vec<Row>),
+    F16(Vec<[u16; COLUMNS]>),
+    Ints(IntKind, Vec<Unit>),
+}
+
+impl Panels {
+    /// Of f32 weights, row by row.
+    pub(crate) fn f32(rows: &[f32], out: usize, width: usize) -> Self {
+        let store = Store::F32(interleave(out, width, |row, k| rows[row * width + k]));
+        Self { store, out, width }
+    }
+
+    /// Of the bits of halves, row by row.
+    pub(crate) fn f16(rows: &[u16], out: usize, width: usize) -> Self {
+        let store = Store::F16(interleave(out, width, |row, k| rows[row * width + k]));
+        Self { store, out, width }
+    }
+
+    /// Of quantised rows: `fill` writes the bytes of the rows it is asked for, 32 or fewer.
+    ///
+    /// # Errors
+    /// Those of `fill`.
+    pub(crate) fn ints<E: Send>(
+        kind: IntKind,
+        out: usize,
+        width: usize,
+        fill: impl Fn(Range<usize>, &mut [u8]) -> Result<(), E> + Sync,
+    ) -> Result<Self, E> {
+        let per_row = kind.row_bytes(width);
+        let mut units = vec![[0u8; 2 * COLUMNS]; out.div_ceil(COLUMNS) * (per_row / 2)];
+        units.par_chunks_mut((per_row / 2).max(1)).enumerate().try_for_each_init(
+            || vec![0u8; COLUMNS * per_row],
+            |rows, (panel, units)| {
+                let range = panel * COLUMNS..out.min((panel + 1) * COLUMNS);
+                let rows = &mut rows[..range.len() * per_row];
+                fill(range, rows)?;
+                for (c, row) in rows.chunks_exact(per_row).enumerate() {
+                    for (unit, two) in units.iter_mut().zip(row.as_chunks::<2>().0) {
+                        unit[2 * c] = two[0];
+                        unit[2 * c + 1] = two[1];
+                    }
+                }
+                Ok(())
+            },
+        )?;
+        Ok(Self { store: Store::Ints(kind, units), out, width })
+    }
+
+    /// Bytes of the weights; the padding of the last panel, fewer than 32 columns, is not counted.
+    pub(crate) fn bytes(&self) -> usize {
+        let row = match &self.store {
+            Store::F32(_) => 4 * self.width,
+            Store::F16(_) => 2 * self.width,
+            Store::Ints(kind, _) => kind.row_bytes(self.width),
+        };
+        self.out * row
+    }
+
+    /// What weights are kept in; None for f32 and f16, see [`Self::is_f16`].
+    pub(crate) fn int_kind(&self) -> Option<IntKind> {
+        match &self.store {
+            Store::Ints(kind, _) => Some(*kind),
+            _ => None,
+        }
+    }
+
+    /// Whether weights are halves.
+    pub(crate) fn is_f16(&self) -> bool {
+        matches!(self.store, Store::F16(_))
+    }
+
+    /// Row `row` in f32: `width` numbers.
+    pub(crate) fn row(&self, row: usize, out: &mut [f32]) {
+        let (panel, c) = (row / COLUMNS, row % COLUMNS);
+        self.for_each_k(panel, |k, weights| {
+            for (out, weights) in out[k..].iter_mut().zip(weights) {
+                *out = weights[c];
+            }
+        });
+    }
+
+    /// The rows of `panel` in f32, one after the other, as many as `out` has room for.
+    pub(crate) fn rows_of(&self, panel: usize, out: &mut [f32]) {
+        let width = self.width;
+        self.for_each_k(panel, |k, weights| {
+            for (c, row) in out.chunks_exact_mut(width).enumerate() {
+                for (out, weights) in row[k..].iter_mut().zip(weights) {
+                    *out = weights[c];
+                }
+            }
+        });
+    }
+
+    /// Hands out a panel in f32, some positions k at a time, with the first of them.
+    fn for_each_k(&self, panel: usize, mut each: impl FnMut(usize, &[Row])) {
+        let width = self.width;
+        match &self.store {
+            Store::F32(rows) => each(0, &rows[panel * width..(panel + 1) * width]),
+            Store::F16(rows) => {
+                let mut unpacked = [[0f32; COLUMNS]; BLOCK];
+                let rows = &rows[panel * width..(panel + 1) * width];
+                for (i, rows) in rows.chunks(BLOCK).enumerate() {
+                    simd(
+                        #[inline(always)]
+                        |_| {
+                            for (out, row) in unpacked.iter_mut().zip(rows) {
+                                for (out, half) in out.iter_mut().zip(row) {
+                                    *out = half_to_f32(*half);
+                                }
+                            }
+                        },
+                    );
+                    each(i * BLOCK, &unpacked[..rows.len()]);
+                }
+            }
+            Store::Ints(kind, units) => {
+                let per_panel = kind.row_bytes(width) / 2;
+                let units = &units[panel * per_panel..(panel + 1) * per_panel];
+                let mut blocks = Blocks::default();
+                let mut unpacked = [[0f32; COLUMNS]; BLOCK];
+                for (i, units) in units.chunks(units_of(*kind, INT_CHUNK)).enumerate() {
+                    for (j, block) in blocks.unpack(Isa::best(), *kind, units).iter().enumerate() {
+                        floats_of(block, kind.has_offset(), &mut unpacked);
+                        each(i * INT_CHUNK + j * BLOCK, &unpacked);
+                    }
+                }
+            }
+        }
+    }
+
+    /// `x (n, in) · weightᵀ + bias (out)` → `(n, out)`.
+    pub(crate) fn product(&self, x: &[f32], n: usize, bias: Option<&[f32]>) -> Vec<f32> {
+        self.product_by(Isa::best(), x, n, bias)
+    }
+
+    fn product_by(&self, isa: Isa, x: &[f32], n: usize, bias: Option<&[f32]>) -> Vec<f32> {
+        let Self { out, width, .. } = *self;
+        if n * out == 0 {
+            return Vec::new();
+        }
+        if n == 1 {
+            let mut y = self.turned(isa, x, 1).into_flattened();
+            y.truncate(out);
+            add(&mut y, bias);
+            return y;
+        }
+        let mut y = vec![0f32; n * out];
+        for (i, y) in y.chunks_mut(ROWS * out).enumerate() {
+            let rows = y.len() / out;
+            let turned = self.turned(isa, &x[i * ROWS * width..][..rows * width], rows);
+            turn(&turned, rows, out, bias, y);
+        }
+        y
+    }
+
+    /// Products of `n` rows as `[panel][row][column]`: every task writes a stretch of its own.
+    fn turned(&self, isa: Isa, x: &[f32], n: usize) -> Vec<Row> {
+        let Self { store, out, width } = self;
+        let panels = out.div_ceil(COLUMNS);
+        let mut turned = vec![[0f32; COLUMNS]; panels * n];
+        let tasks = (8 * rayon::current_num_threads()).min(panels);
+        let per_task = panels.div_ceil(tasks);
+        let pieces = turned.par_chunks_mut(per_task * n).enumerate();
+        match store {
+            Store::F32(rows) => {
+                let x = FloatRows::new(x, n, *width, isa.float_rows());
+                let weights = |panel: usize, k: &Range<usize>| {
+                    Floats::F32(&rows[panel * width + k.start..panel * width + k.end])
+                };
+                pieces.for_each(|(i, out)| x.times(isa, i * per_task, &weights, out));
+            }
+            Store::F16(rows) => {
+                let x = FloatRows::new(x, n, *width, isa.float_rows());
+                let weights = |panel: usize, k: &Range<usize>| {
+                    Floats::F16(&rows[panel * width + k.start..panel * width + k.end])
+                };
+                pieces.for_each(|(i, out)| x.times(isa, i * per_task, &weights, out));
+            }
+            Store::Ints(kind, units) => {
+                let x = QuantisedRows::new(x, n, *width, isa.int_rows());
+                let per_panel = kind.row_bytes(*width) / 2;
+                pieces.for_each_init(Blocks::default, |blocks, (i, out)| {
+                    for (j, out) in out.chunks_exact_mut(n).enumerate() {
+                        let units = &units[(i * per_task + j) * per_panel..];
+                        x.times(isa, *kind, units, blocks, out);
+                    }
+                });
+            }
+        }
+        turned
+    }
+}
+
+/// `weights (out, width)` as `(panels, width, 32)`; columns that are missing in the last panel are zero.
+fn interleave<T: Copy + Default + Send>(
+    out: usize,
+    width: usize,
+    weight: impl Fn(usize, usize) -> T + Sync,
+) -> Vec<[T; COLUMNS]> {
+    /// Positions along k for which 32 rows fit the first-level cache.
+    const STRIP: usize = 64;
+    let mut panels = vec![[T::default(); COLUMNS]; out.div_ceil(COLUMNS) * width];
+    panels.par_chunks_mut(width.max(1)).enumerate().for_each(|(panel, rows)| {
+        for (strip, rows) in rows.chunks_mut(STRIP).enumerate() {
+            for c in 0..COLUMNS.min(out - panel * COLUMNS) {
+                for (k, row) in rows.iter_mut().enumerate() {
+                    row[c] = weight(panel * COLUMNS + c, strip * STRIP + k);
+                }
+            }
+        }
+    });
+    panels
+}
+
+/// Results `[panel][row][column]` as rows `(n, out)`, with their bias.
+fn turn(turned: &[Row], n: usize, out: usize, bias: Option<&[f32]>, y: &mut [f32]) {
+    host::for_pieces(y, host::rows_per_piece(out) * out, |start, rows| {
+        for (i, row) in rows.chunks_exact_mut(out).enumerate() {
+            let results = turned[start / out + i..].iter().step_by(n);
+            for (row, results) in row.chunks_mut(COLUMNS).zip(results) {
+                row.copy_from_slice(&results[..row.len()]);
+            }
+            add(row, bias);
+        }
+    });
+}
+
+fn add(y: &mut [f32], bias: Option<&[f32]>) {
+    for (y, bias) in y.iter_mut().zip(bias.unwrap_or_default()) {
+        *y += bias;
+    }
+}
+
+/// `n` rows in tiles of at most `most`, as equal as can be.
+fn tiles(n: usize, most: usize) -> Vec<Range<usize>> {
+    let count = n.div_ceil(most);
+    (0..count).map(|i| i * n / count..(i + 1) * n / count).collect()
+}
+
+/// `width` positions in chunks.
+fn chunks(width: usize, chunk: usize) -> Vec<Range<usize>> {
+    (0..width).step_by(chunk).map(|k| k..width.min(k + chunk)).collect()
+}
+
+/// The part of a buffer, with one number for `per` positions of a row, that belongs to a chunk and a tile.
+fn place(n: usize, k: &Range<usize>, rows: &Range<usize>, per: usize) -> Range<usize> {
+    let start = (k.start * n + rows.start * k.len()) / per;
+    start..start + rows.len() * k.len() / per
+}
+
+/// Cuts `all` into the places of every chunk and tile, in their order.
+fn cut<'a, T>(
+    mut all: &'a mut [T],
+    chunks: &[Range<usize>],
+    tiles: &[Range<usize>],
+    per: usize,
+) -> Vec<&'a mut [T]> {
+    let mut cut = Vec::with_capacity(chunks.len() * tiles.len());
+    for k in chunks {
+        for rows in tiles {
+            let (head, rest) = all.split_at_mut(rows.len() * k.len() / per);
+            cut.push(head);
+            all = rest;
+        }
+    }
+    cut
+}
+
+/// Rows of x in tiles: `[chunk][tile][k][row]`.
+struct FloatRows {
+    values: Vec<f32>,
+    n: usize,
+    chunks: Vec<Range<usize>>,
+    tiles: Vec<Range<usize>>,
+}
+
+impl FloatRows {
+    fn new(x: &[f32], n: usize, width: usize, most: usize) -> Self {
+        let (chunks, tiles) = (chunks(width, FLOAT_CHUNK), tiles(n, most));
+        if n == 1 {
+            return Self { values: x.to_vec(), n, chunks, tiles };
+        }
+        let mut values = vec![0f32; n * width];
+        let places = cut(&mut values, &chunks, &tiles, 1);
+        let tasks = chunks.iter().flat_map(|k| tiles.iter().map(move |rows| (k, rows)));
+        let fill = |(place, (k, rows)): (&mut [f32], (&Range<usize>, &Range<usize>))| {
+            for (r, row) in rows.clone().enumerate() {
+                let row = &x[row * width..][k.clone()];
+                for (out, x) in place.chunks_exact_mut(rows.len()).zip(row) {
+                    out[r] = *x;
+                }
+            }
+        };
+        let tasks: Vec<_> = places.into_iter().zip(tasks).collect();
+        if x.len() < 4 * host::GRAIN {
+            tasks.into_iter().for_each(fill);
+        } else {
+            tasks.into_par_iter().for_each(fill);
+        }
+        Self { values, n, chunks, tiles }
+    }
+
+    /// Adds the products with the panels from `first` on to `out`, one after the other.
+    fn times<'w>(
+        &self,
+        isa: Isa,
+        first: usize,
+        weights: &impl Fn(usize, &Range<usize>) -> Floats<'w>,
+        out: &mut [Row],
+    ) {
+        for (i, out) in out.chunks_exact_mut(self.n).enumerate() {
+            for k in &self.chunks {
+                let weights = weights(first + i, k);
+                for rows in &self.tiles {
+                    let x = &self.values[place(self.n, k, rows, 1)];
+                    tile::floats(isa, x, weights, &mut out[rows.clone()]);
+                }
+            }
+        }
+    }
+}
+
+/// Rows of x as integers in tiles: `[chunk][tile][block][pair][row]`, scales and sums `[chunk][tile][block][row]`.
+struct QuantisedRows {
+    pairs: Vec<i32>,
+    scales: Vec<f32>,
+    sums: Vec<f32>,
+    n: usize,
+    chunks: Vec<Range<usize>>,
+    tiles: Vec<Range<usize>>,
+}
+
+impl QuantisedRows {
+    fn new(x: &[f32], n: usize, width: usize, most: usize) -> Self {
+        let (chunks, tiles) = (chunks(width, INT_CHUNK), tiles(n, most));
+        let mut pairs = vec![0i32; n * width / 2];
+        let mut scales = vec![0f32; n * width / BLOCK];
+        let mut sums = scales.clone();
+        let places = cut(&mut pairs, &chunks, &tiles, 2)
+            .into_iter()
+            .zip(cut(&mut scales, &chunks, &tiles, BLOCK))
+            .zip(cut(&mut sums, &chunks, &tiles, BLOCK));
+        let tasks = chunks.iter().flat_map(|k| tiles.iter().map(move |rows| (k, rows)));
+        let tasks: Vec<_> = places.zip(tasks).collect();
+        let fill = |(((pairs, scales), sums), (k, rows)): Task<'_>| {
+            let count = rows.len();
+            for (r, row) in rows.clone().enumerate() {
+                let blocks = x[row * width..][k.clone()].as_chunks::<BLOCK>().0;
+                for (b, block) in blocks.iter().enumerate() {
+                    let quantised = simd(
+                        #[inline(always)]
+                        |_| Quantised::new(block),
+                    );
+                    let out = pairs[b * PAIRS * count..].iter_mut().skip(r).step_by(count);
+                    for (out, pair) in out.zip(&quantised.pairs) {
+                        *out = *pair;
+                    }
+                    scales[b * count + r] = quantised.scale;
+                    sums[b * count + r] = quantised.sum;
+                }
+            }
+        };
+        if x.len() < host::GRAIN {
+            tasks.into_iter().for_each(fill);
+        } else {
+            tasks.into_par_iter().for_each(fill);
+        }
+        Self { pairs, scales, sums, n, chunks, tiles }
+    }
+
+    /// What belongs to a chunk and a tile.
+    fn part(&self, k: &Range<usize>, rows: &Range<usize>) -> IntRows<'_> {
+        let scales = place(self.n, k, rows, BLOCK);
+        IntRows {
+            pairs: &self.pairs[place(self.n, k, rows, 2)],
+            scales: &self.scales[scales.clone()],
+            sums: &self.sums[scales],
+        }
+    }
+
+    /// Adds the product with the panel that `units` begin with to `out`.
+    fn times(&self, isa: Isa, kind: IntKind, units: &[Unit], blocks: &mut Blocks, out: &mut [Row]) {
+        let mut rest = units;
+        for k in &self.chunks {
+            let (units, behind) = rest.split_at(units_of(kind, k.len()));
+            rest = behind;
+            if let [rows] = &*self.tiles
+                && straight(isa, kind, self.part(k, rows), units, out)
+            {
+                continue;
+            }
+            let blocks = blocks.unpack(isa, kind, units);
+            for rows in &self.tiles {
+                let x = self.part(k, rows);
+                tile::ints(isa, x, blocks, kind.has_offset(), &mut out[rows.clone()]);
+            }
+        }
+    }
+}
+
+/// The product of a few rows without unpacking first, where there is a kernel for it; false where there is none.
+fn straight(isa: Isa, kind: IntKind, x: IntRows<'_>, units: &[Unit], out: &mut [Row]) -> bool {
+    match kind {
+        IntKind::Q8_0 => tile::ints_of_bytes(isa, x, units, out),
+        IntKind::Q4K => {
+            let mut scales = [[[0.0; COLUMNS]; 2]; 8];
+            isa.compile(
+                #[inline(always)]
+                || q4_k_scales(units, &mut scales),
+            );
+            tile::ints_of_nibbles(isa, x, &units[8..], &scales, out)
+        }
+        IntKind::Q4_0 | IntKind::Q4_1 => false,
+    }
+}
+
+/// Where a chunk and a tile of [`QuantisedRows`] go, and which they are.
+type Task<'a> =
+    (((&'a mut [i32], &'a mut [f32]), &'a mut [f32]), (&'a Range<usize>, &'a Range<usize>));
+
+/// A block of x as integers.
+struct Quantised {
+    pairs: [i32; PAIRS],
+    scale: f32,
+    /// Of the integers, scaled.
+    sum: f32,
+}
+
+impl Quantised {
+    /// Numbers that are not finite make the scale NaN, and so every result: nothing is hidden by rounding.
+    #[inline(always)]
+    fn new(x: &[f32; BLOCK]) -> Self {
+        const MOST: f32 = 32767.0;
+        /// Below this everything is zero: its reciprocal would overflow.
+        const LEAST: f32 = 1e-30;
+        let mut largest = 0f32;
+        let mut finite = true;
+        for x in x {
+            largest = largest.max(x.abs());
+            finite &= x.abs() <= f32::MAX;
+        }
+        let (scale, factor) = match () {
+            () if !finite => (f32::NAN, 0.0),
+            () if largest < LEAST => (0.0, 0.0),
+            () => (largest / MOST, MOST / largest),
+        };
+        let mut q = [0i16; BLOCK];
+        let mut total = 0i32;
+        for (q, x) in q.iter_mut().zip(x) {
+            let rounded = (x * factor).round_ties_even() as i32;
+            *q = rounded as i16;
+            total += rounded;
+        }
+        let mut pairs = [0i32; PAIRS];
+        for (pair, q) in pairs.iter_mut().zip(q.as_chunks::<2>().0) {
+            *pair = i32::from(q[0]) & 0xFFFF | i32::from(q[1]) << 16;
+        }
+        Self { pairs, scale, sum: scale * total as f32 }
+    }
+}
+
+/// Room for the unpacked blocks of a chunk.
+struct Blocks(Box<[Ints; CHUNK_BLOCKS]>);
+
+impl Default for Blocks {
+    fn default() -> Self {
+        Self(Box::new([Ints::EMPTY; CHUNK_BLOCKS]))
+    }
+}
+
+impl Blocks {
+    /// The blocks that `units` hold, a chunk or less.
+    fn unpack(&mut self, isa: Isa, kind: IntKind, units: &[Unit]) -> &[Ints] {
+        let blocks = units.len() * 2 / kind.bytes() * kind.positions() / BLOCK;
+        let out = &mut self.0[..blocks];
+        isa.compile(
+            #[inline(always)]
+            || kind.unpack(units, out),
+        );
+        &self.0[..blocks]
+    }
+}
+
+/// Units of `positions` along k.
+fn units_of(kind: IntKind, positions: usize) -> usize {
+    kind.row_bytes(positions) / 2
+}
+
+/// A block's weights: a row of columns for each of its positions.
+fn floats_of(block: &Ints, offsets: bool, out: &mut [Row; BLOCK]) {
+    simd(
+        #[inline(always)]
+        |_| {
+            for (out, q) in out.as_chunks_mut::<2>().0.iter_mut().zip(&block.q) {
+                for (c, q) in q.as_chunks::<2>().0.iter().enumerate() {
+                    for side in 0..2 {
+                        let scaled = f32::from(q[side]) * block.scale[c];
+                        out[side][c] = if offsets { scaled + block.offset[c] } else { scaled };
+                    }
+                }
+            }
+        },
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Bits without a pattern.
+    fn bits(seed: u32) -> impl Iterator<Item = u32> {
+        std::iter::successors(Some(seed | 1), |x| {
+            let x = x ^ x << 13;
+            let x = x ^ x >> 17;
+            Some(x ^ x << 5)
+        })
+    }
+
+    fn numbers(seed: u32, n: usize) -> Vec<f32> {
+        bits(seed).map(|x| x as f32 / u32::MAX as f32 - 0.5).take(n).collect()
+    }
+
+    /// Of every kind one, with an odd number of columns and with chunks that are not full.
+    fn all() -> Vec<Panels> {
+        let (out, width) = (70, 601);
+        let dense = numbers(1, out * width);
+        let halves: Vec<u16> = dense.iter().map(|x| half::f16::from_f32(*x).to_bits()).collect();
+        let ints = |kind: IntKind, width: usize, scales: usize| {
+            let fill = |rows: Range<usize>, bytes: &mut [u8]| {
+                for (byte, bits) in bytes.iter_mut().zip(bits(rows.start as u32 + 7).skip(9)) {
+                    *byte = (bits >> 8) as u8;
+                }
+                for block in bytes.chunks_exact_mut(kind.bytes()) {
+                    for scale in block[..2 * scales].as_chunks_mut::<2>().0 {
+                        // 0.0078 to 0.0156, so that every bit of it is in use.
+                        scale[1] = 0x20 | scale[1] & 3;
+                    }
+                }
+                Ok::<_, ()>(())
+            };
+            Panels::ints(kind, out, width, fill).unwrap()
+        };
+        vec![
+            Panels::f32(&dense, out, width),
+            Panels::f16(&halves, out, width),
+            ints(IntKind::Q8_0, 608, 1),
+            ints(IntKind::Q4_0, 608, 1),
+            ints(IntKind::Q4_1, 608, 2),
+            ints(IntKind::Q4K, 768, 2),
+        ]
+    }
+
+    fn same_bits(name: &str, a: &[f32], b: &[f32]) {
+        assert_eq!(a.len(), b.len());
+        let differ = a.iter().zip(b).position(|(a, b)| a.to_bits() != b.to_bits());
+        assert_eq!(differ, None, "{name}");
+    }
+
+    #[test]
+    fn every_instruction_set_gives_the_same_bits() {
+        for panels in all() {
+            for n in [1, 2, 5, 6, 7, 15, 33] {
+                let x = numbers(3, n * panels.width);
+                let bias = numbers(4, panels.out);
+                let y = panels.product(&x, n, Some(&bias));
+                for isa in Isa::available() {
+                    let name = format!("{:?} {isa:?}, {n} rows", panels.int_kind());
+                    same_bits(&name, &y, &panels.product_by(isa, &x, n, Some(&bias)));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_does_not_depend_on_its_neighbours() {
+        for panels in all() {
+            let n = ROWS + 21;
+            let x = numbers(5, n * panels.width);
+            let all = panels.product(&x, n, None);
+            for (i, y) in all.chunks_exact(panels.out).enumerate().step_by(17) {
+                let alone = panels.product(&x[i * panels.width..][..panels.width], 1, None);
+                same_bits(&format!("{:?}, row {i}", panels.int_kind()), y, &alone);
+            }
+        }
+    }
+
+    #[test]
+    fn products_are_those_with_the_rows() {
+        for panels in all() {
+            let Panels { out, width, .. } = panels;
+            let x = numbers(6, 3 * width);
+            let y = panels.product(&x, 3, None);
+            let mut row = vec![0f32; width];
+            let mut rows = vec![0f32; COLUMNS * width];
+            for o in 0..out {
+                panels.row(o, &mut row);
+                let count = COLUMNS.min(out - o / COLUMNS * COLUMNS);
+                panels.rows_of(o / COLUMNS, &mut rows[..count * width]);
+                assert_eq!(row, rows[o % COLUMNS * width..][..width]);
+                for (i, x) in x.chunks_exact(width).enumerate() {
+                    let terms = x.iter().zip(&row).map(|(x, w)| f64::from(*x) * f64::from(*w));
+                    let size: f64 = terms.clone().map(f64::abs).sum();
+                    let error = (f64::from(y[i * out + o]) - terms.sum::<f64>()).abs();
+                    assert!(error < 1e-5 * size, "{:?}: {error} of {size}", panels.int_kind());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_shows_in_its_row_and_in_no_other() {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for panels in all() {
+                let mut x = numbers(8, 3 * panels.width);
+                x[panels.width + 40] = bad;
+                let y = panels.product(&x, 3, None);
+                let finite: Vec<bool> =
+                    y.chunks_exact(panels.out).map(|y| y.iter().all(|y| y.is_finite())).collect();
+                assert_eq!(finite, [true, false, true], "{:?} {bad}", panels.int_kind());
+                assert!(y[panels.out..2 * panels.out].iter().all(|y| !y.is_finite()));
+            }
+        }
+    }
+
+    #[test]
+    fn tiles_are_as_equal_as_can_be() {
+        assert_eq!(tiles(5, 6), [0..5]);
+        assert_eq!(tiles(7, 6), [0..3, 3..7]);
+        assert_eq!(tiles(13, 6), [0..4, 4..8, 8..13]);
+    }
+
+    #[test]
+    fn numbers_too_small_for_a_scale_are_zero() {
+        for x in [0.0, 1e-31, -1e-38] {
+            let block = Quantised::new(&[x; BLOCK]);
+            assert_eq!((block.scale, block.sum, block.pairs), (0.0, 0.0, [0; PAIRS]));
+        }
+        let block = Quantised::new(&[-1e-20; BLOCK]);
+        assert_eq!(block.pairs[0] as i16, -32767);
+        assert!((block.sum / (-32.0 * 1e-20) - 1.0).abs() < 1e-6);
+    }
+}

@@ -1,0 +1,647 @@
+//! The innermost products of frozen weights: a few rows of x with a panel of 32 output columns.
+//!
+//! One kernel for floats (weights f32 or f16), one for integers (quantised weights, x as 16-bit integers with a scale per
+//! block), each written for AVX-512, for AVX2 and in plain Rust. **All give the same bits**: an output is a sum over k in
+//! one fixed order, floats by fused multiply-add, integers exactly, whatever the vector width, the number of rows that
+//! are computed together and the number of threads. So a text depends neither on the machine nor on its neighbours in a
+//! batch. (Only machines that can't multiply and add in one instruction round twice.)
+//!
+//! Letters: R rows of x in a tile, k positions along the inner dimension.
+
+use std::sync::OnceLock;
+
+use crate::host::simd;
+
+/// Output columns that lie together: two vectors of AVX-512.
+pub(crate) const COLUMNS: usize = 32;
+/// Positions along k that share a scale.
+pub(crate) const BLOCK: usize = 32;
+/// Pairs of positions in a block: integer products are summed two by two.
+pub(crate) const PAIRS: usize = BLOCK / 2;
+
+/// Two bytes of each column's block.
+pub(crate) type Unit = [u8; 2 * COLUMNS];
+
+/// One result of each column.
+pub(crate) type Row = [f32; COLUMNS];
+
+/// A set of instructions that kernels are written for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Isa {
+    /// AVX-512 F, BW and VNNI.
+    Avx512,
+    /// AVX2, FMA and F16C.
+    Avx2,
+    /// Any machine.
+    Portable,
+}
+
+impl Isa {
+    /// The best that this machine has.
+    pub(crate) fn best() -> Self {
+        static BEST: OnceLock<Isa> = OnceLock::new();
+        *BEST.get_or_init(|| Self::available()[0])
+    }
+
+    /// All that this machine has, best first.
+    pub(crate) fn available() -> Vec<Self> {
+        let mut found = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        {
+            if is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vnni")
+            {
+                found.push(Self::Avx512);
+            }
+            if is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c")
+            {
+                found.push(Self::Avx2);
+            }
+        }
+        found.push(Self::Portable);
+        found
+    }
+
+    /// Runs `f`, which is plain Rust, compiled for these instructions (it must be `#[inline(always)]`).
+    #[inline(always)]
+    pub(crate) fn compile(self, f: impl FnOnce()) {
+        match self {
+            // SAFETY: `available` has asked the processor for these instructions.
+            #[cfg(target_arch = "x86_64")]
+            #[expect(unsafe_code, reason = "instructions chosen at run time")]
+            Self::Avx512 => unsafe { x86::compile_avx512(f) },
+            _ => simd(
+                #[inline(always)]
+                |_| f(),
+            ),
+        }
+    }
+
+    /// Most rows of a tile of floats: as many sums as registers hold.
+    pub(crate) fn float_rows(self) -> usize {
+        match self {
+            Self::Avx512 => 14,
+            Self::Avx2 => 6,
+            Self::Portable => 4,
+        }
+    }
+
+    /// Most rows of a tile of integers, which has two sums for each result.
+    pub(crate) fn int_rows(self) -> usize {
+        match self {
+            Self::Avx512 => 6,
+            Self::Avx2 | Self::Portable => 2,
+        }
+    }
+}
+
+/// Weights of a panel, one row of columns for each k.
+#[derive(Clone, Copy)]
+pub(crate) enum Floats<'a> {
+    F32(&'a [[f32; COLUMNS]]),
+    /// Bits of halves.
+    F16(&'a [[u16; COLUMNS]]),
+}
+
+/// A block of quantised weights: integers, and what turns them into numbers.
+pub(crate) struct Ints {
+    /// Of each pair of positions, each column's two weights.
+    pub(crate) q: [[i16; 2 * COLUMNS]; PAIRS],
+    /// A weight is `scale q + offset`.
+    pub(crate) scale: Row,
+    pub(crate) offset: Row,
+}
+
+impl Ints {
+    /// A block to unpack into.
+    pub(crate) const EMPTY: Self =
+        Self { q: [[0; 2 * COLUMNS]; PAIRS], scale: [0.0; COLUMNS], offset: [0.0; COLUMNS] };
+}
+
+/// `out (R, 32) += a (k, R) · w (k, 32)`; `a` lies k by k. At most [`Isa::float_rows`] rows.
+pub(crate) fn floats(isa: Isa, a: &[f32], w: Floats<'_>, out: &mut [Row]) {
+    match isa {
+        // SAFETY: `available` has asked the processor for these instructions.
+        #[cfg(target_arch = "x86_64")]
+        #[expect(unsafe_code, reason = "instructions chosen at run time")]
+        Isa::Avx512 => unsafe { x86::floats_avx512(a, w, out) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        #[expect(unsafe_code, reason = "instructions chosen at run time")]
+        Isa::Avx2 => unsafe { x86::floats_avx2(a, w, out) },
+        _ => portable::floats(a, w, out),
+    }
+}
+
+/// Rows of x as integers, for the blocks of a panel: of each block `PAIRS × R` pairs, low half first.
+#[derive(Clone, Copy)]
+pub(crate) struct IntRows<'a> {
+    /// Pairs of positions, pair by pair, each for every row.
+    pub(crate) pairs: &'a [i32],
+    /// x is `scale` times its integers: of each block one of each row.
+    pub(crate) scales: &'a [f32],
+    /// The sum of each row's block, scaled.
+    pub(crate) sums: &'a [f32],
+}
+
+/// `out (R, 32) += x · w` block after block. At most [`Isa::int_rows`] rows. `offsets`: whether weights have any.
+pub(crate) fn ints(isa: Isa, x: IntRows<'_>, w: &[Ints], offsets: bool, out: &mut [Row]) {
+    match isa {
+        // SAFETY: `available` has asked the processor for these instructions.
+        #[cfg(target_arch = "x86_64")]
+        #[expect(unsafe_code, reason = "instructions chosen at run time")]
+        Isa::Avx512 => unsafe { x86::ints_avx512(x, w, offsets, out) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        #[expect(unsafe_code, reason = "instructions chosen at run time")]
+        Isa::Avx2 => unsafe { x86::ints_avx2(x, w, offsets, out) },
+        _ => portable::ints(x, w, offsets, out),
+    }
+}
+
+/// [`ints`] for a few rows, straight from the bytes of 8-bit blocks (two of scale, 32 integers): with so little to
+/// compute, unpacking to memory first would cost more than reading. False where there is no such kernel.
+pub(crate) fn ints_of_bytes(isa: Isa, x: IntRows<'_>, units: &[Unit], out: &mut [Row]) -> bool {
+    match isa {
+        // SAFETY: `available` has asked the processor for these instructions.
+        #[cfg(target_arch = "x86_64")]
+        #[expect(unsafe_code, reason = "instructions chosen at run time")]
+        Isa::Avx512 if out.len() <= isa.int_rows() => unsafe { x86::bytes_avx512(x, units, out) },
+        _ => return false,
+    }
+    #[cfg(target_arch = "x86_64")]
+    true
+}
+
+/// [`ints_of_bytes`] for pairs of blocks whose integers are the lower and the upper halves of the same 16 units, with the
+/// scale and the offset of each block.
+pub(crate) fn ints_of_nibbles(
+    isa: Isa,
+    x: IntRows<'_>,
+    units: &[Unit],
+    scales: &[[Row; 2]],
+    out: &mut [Row],
+) -> bool {
+    match isa {
+        // SAFETY: `available` has asked the processor for these instructions.
+        #[cfg(target_arch = "x86_64")]
+        #[expect(unsafe_code, reason = "instructions chosen at run time")]
+        Isa::Avx512 if out.len() <= isa.int_rows() => unsafe {
+            x86::nibbles_avx512(x, units, scales, out);
+        },
+        _ => return false,
+    }
+    #[cfg(target_arch = "x86_64")]
+    true
+}
+
+/// Calls the kernel of so many rows: each has its sums in registers, so the number is part of the code.
+macro_rules! by_rows {
+    ($rows:expr, $kernel:ident $args:tt; $($n:literal)*) => {
+        match $rows {
+            $($n => $kernel::<$n> $args,)*
+            rows => debug_assert!(rows == 0, "a tile of {rows} rows"),
+        }
+    };
+}
+
+mod portable {
+    use super::{Floats, IntRows, Ints, PAIRS, Row};
+    use crate::host::{Fma, simd};
+    use crate::quant::half_to_f32;
+
+    pub(super) fn floats(a: &[f32], w: Floats<'_>, out: &mut [Row]) {
+        let rows = out.len().max(1);
+        simd(
+            #[inline(always)]
+            |f| match w {
+                Floats::F32(w) => {
+                    for (a, w) in a.chunks_exact(rows).zip(w) {
+                        add(f, a, w, out);
+                    }
+                }
+                Floats::F16(w) => {
+                    for (a, w) in a.chunks_exact(rows).zip(w) {
+                        let mut row = [0f32; 32];
+                        for (row, w) in row.iter_mut().zip(w) {
+                            *row = half_to_f32(*w);
+                        }
+                        add(f, a, &row, out);
+                    }
+                }
+            },
+        );
+    }
+
+    #[inline(always)]
+    fn add(f: Fma, a: &[f32], w: &Row, out: &mut [Row]) {
+        for (a, out) in a.iter().zip(out) {
+            for (out, w) in out.iter_mut().zip(w) {
+                *out = f.of(*a, *w, *out);
+            }
+        }
+    }
+
+    pub(super) fn ints(x: IntRows<'_>, w: &[Ints], offsets: bool, out: &mut [Row]) {
+        simd(
+            #[inline(always)]
+            |f| ints_with(f, x, w, offsets, out),
+        );
+    }
+
+    #[inline(always)]
+    fn ints_with(f: Fma, x: IntRows<'_>, w: &[Ints], offsets: bool, out: &mut [Row]) {
+        let rows = out.len().max(1);
+        let blocks = x.pairs.chunks_exact(PAIRS * rows);
+        let scales = x.scales.chunks_exact(rows).zip(x.sums.chunks_exact(rows));
+        for ((pairs, (scales, sums)), w) in blocks.zip(scales).zip(w) {
+            for (r, out) in out.iter_mut().enumerate() {
+                let mut total = [0i32; 32];
+                for (pairs, q) in pairs.chunks_exact(rows).zip(&w.q) {
+                    let (low, high) = (i32::from(pairs[r] as i16), pairs[r] >> 16);
+                    for (total, q) in total.iter_mut().zip(q.as_chunks::<2>().0) {
+                        *total += low * i32::from(q[0]) + high * i32::from(q[1]);
+                    }
+                }
+                for (c, out) in out.iter_mut().enumerate() {
+                    *out = f.of(total[c] as f32, w.scale[c] * scales[r], *out);
+                    if offsets {
+                        *out = f.of(sums[r], w.offset[c], *out);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::{Floats, IntRows, Ints, PAIRS, Row, Unit};
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    pub(super) fn compile_avx512(f: impl FnOnce()) {
+        f();
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    pub(super) fn floats_avx512(a: &[f32], w: Floats<'_>, out: &mut [Row]) {
+        match w {
+            Floats::F32(w) => {
+                by_rows!(out.len(), f32_avx512(a, w, out); 1 2 3 4 5 6 7 8 9 10 11 12 13 14);
+            }
+            Floats::F16(w) => {
+                by_rows!(out.len(), f16_avx512(a, w, out); 1 2 3 4 5 6 7 8 9 10 11 12 13 14);
+            }
+        }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(super) fn floats_avx2(a: &[f32], w: Floats<'_>, out: &mut [Row]) {
+        match w {
+            Floats::F32(w) => by_rows!(out.len(), f32_avx2(a, w, out); 1 2 3 4 5 6),
+            Floats::F16(w) => by_rows!(out.len(), f16_avx2(a, w, out); 1 2 3 4 5 6),
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    pub(super) fn ints_avx512(x: IntRows<'_>, w: &[Ints], offsets: bool, out: &mut [Row]) {
+        by_rows!(out.len(), i16_avx512(x, w, offsets, out); 1 2 3 4 5 6);
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    pub(super) fn bytes_avx512(x: IntRows<'_>, units: &[Unit], out: &mut [Row]) {
+        by_rows!(out.len(), i8_avx512(x, units, out); 1 2 3 4 5 6);
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    pub(super) fn nibbles_avx512(
+        x: IntRows<'_>,
+        units: &[Unit],
+        scales: &[[Row; 2]],
+        out: &mut [Row],
+    ) {
+        by_rows!(out.len(), i4_avx512(x, units, scales, out); 1 2 3 4 5 6);
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(super) fn ints_avx2(x: IntRows<'_>, w: &[Ints], offsets: bool, out: &mut [Row]) {
+        by_rows!(out.len(), i16_avx2(x, w, offsets, out); 1 2);
+    }
+
+    /// Sixteen of a row's columns from column `16 i` on.
+    #[target_feature(enable = "avx512f")]
+    fn load16(row: &Row, i: usize) -> __m512 {
+        let part = &row.as_chunks::<16>().0[i];
+        // SAFETY: it reads the 16 numbers of `part`, at any address.
+        #[expect(unsafe_code, reason = "vectors are loaded through pointers")]
+        unsafe {
+            _mm512_loadu_ps(part.as_ptr())
+        }
+    }
+
+    #[target_feature(enable = "avx512f")]
+    fn store16(row: &mut Row, i: usize, value: __m512) {
+        let part = &mut row.as_chunks_mut::<16>().0[i];
+        // SAFETY: it writes the 16 numbers of `part`, at any address.
+        #[expect(unsafe_code, reason = "vectors are stored through pointers")]
+        unsafe {
+            _mm512_storeu_ps(part.as_mut_ptr(), value);
+        }
+    }
+
+    #[target_feature(enable = "avx512f")]
+    fn halves16(row: &[u16; 32], i: usize) -> __m512 {
+        let part = &row.as_chunks::<16>().0[i];
+        // SAFETY: it reads the 16 halves of `part`, at any address.
+        #[expect(unsafe_code, reason = "vectors are loaded through pointers")]
+        let halves = unsafe { _mm256_loadu_si256(part.as_ptr().cast()) };
+        _mm512_cvtph_ps(halves)
+    }
+
+    #[target_feature(enable = "avx512f")]
+    fn pairs16(row: &[i16; 64], i: usize) -> __m512i {
+        let part = &row.as_chunks::<32>().0[i];
+        // SAFETY: it reads the 32 integers of `part`, at any address.
+        #[expect(unsafe_code, reason = "vectors are loaded through pointers")]
+        unsafe {
+            _mm512_loadu_si512(part.as_ptr().cast())
+        }
+    }
+
+    /// Eight of a row's columns from column `8 i` on.
+    #[target_feature(enable = "avx")]
+    fn load8(row: &Row, i: usize) -> __m256 {
+        let part = &row.as_chunks::<8>().0[i];
+        // SAFETY: it reads the 8 numbers of `part`, at any address.
+        #[expect(unsafe_code, reason = "vectors are loaded through pointers")]
+        unsafe {
+            _mm256_loadu_ps(part.as_ptr())
+        }
+    }
+
+    #[target_feature(enable = "avx")]
+    fn store8(row: &mut Row, i: usize, value: __m256) {
+        let part = &mut row.as_chunks_mut::<8>().0[i];
+        // SAFETY: it writes the 8 numbers of `part`, at any address.
+        #[expect(unsafe_code, reason = "vectors are stored through pointers")]
+        unsafe {
+            _mm256_storeu_ps(part.as_mut_ptr(), value);
+        }
+    }
+
+    #[target_feature(enable = "avx,f16c")]
+    fn halves8(row: &[u16; 32], i: usize) -> __m256 {
+        let part = &row.as_chunks::<8>().0[i];
+        // SAFETY: it reads the 8 halves of `part`, at any address.
+        #[expect(unsafe_code, reason = "vectors are loaded through pointers")]
+        let halves = unsafe { _mm_loadu_si128(part.as_ptr().cast()) };
+        _mm256_cvtph_ps(halves)
+    }
+
+    #[target_feature(enable = "avx")]
+    fn pairs8(row: &[i16; 64], i: usize) -> __m256i {
+        let part = &row.as_chunks::<16>().0[i];
+        // SAFETY: it reads the 16 integers of `part`, at any address.
+        #[expect(unsafe_code, reason = "vectors are loaded through pointers")]
+        unsafe {
+            _mm256_loadu_si256(part.as_ptr().cast())
+        }
+    }
+
+    /// R rows times two vectors of columns, which differ in how weights are loaded.
+    macro_rules! float_avx512 {
+        ($name:ident, $weight:ty, $load:ident) => {
+            #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+            fn $name<const R: usize>(a: &[f32], w: &[[$weight; 32]], out: &mut [Row]) {
+                let Some(out) = out.first_chunk_mut::<R>() else { return };
+                let mut sums = [[_mm512_setzero_ps(); 2]; R];
+                for r in 0..R {
+                    sums[r] = [load16(&out[r], 0), load16(&out[r], 1)];
+                }
+                for (a, w) in a.as_chunks::<R>().0.iter().zip(w) {
+                    let (left, right) = ($load(w, 0), $load(w, 1));
+                    for r in 0..R {
+                        let x = _mm512_set1_ps(a[r]);
+                        sums[r][0] = _mm512_fmadd_ps(x, left, sums[r][0]);
+                        sums[r][1] = _mm512_fmadd_ps(x, right, sums[r][1]);
+                    }
+                }
+                for r in 0..R {
+                    store16(&mut out[r], 0, sums[r][0]);
+                    store16(&mut out[r], 1, sums[r][1]);
+                }
+            }
+        };
+    }
+
+    float_avx512!(f32_avx512, f32, load16);
+    float_avx512!(f16_avx512, u16, halves16);
+
+    /// As above with half as many columns at a time: there are half as many registers, too.
+    macro_rules! float_avx2 {
+        ($name:ident, $weight:ty, $load:ident) => {
+            #[target_feature(enable = "avx2,fma,f16c")]
+            fn $name<const R: usize>(a: &[f32], w: &[[$weight; 32]], out: &mut [Row]) {
+                let Some(out) = out.first_chunk_mut::<R>() else { return };
+                for half in 0..2 {
+                    let mut sums = [[_mm256_setzero_ps(); 2]; R];
+                    for r in 0..R {
+                        sums[r] = [load8(&out[r], 2 * half), load8(&out[r], 2 * half + 1)];
+                    }
+                    for (a, w) in a.as_chunks::<R>().0.iter().zip(w) {
+                        let (left, right) = ($load(w, 2 * half), $load(w, 2 * half + 1));
+                        for r in 0..R {
+                            let x = _mm256_set1_ps(a[r]);
+                            sums[r][0] = _mm256_fmadd_ps(x, left, sums[r][0]);
+                            sums[r][1] = _mm256_fmadd_ps(x, right, sums[r][1]);
+                        }
+                    }
+                    for r in 0..R {
+                        store8(&mut out[r], 2 * half, sums[r][0]);
+                        store8(&mut out[r], 2 * half + 1, sums[r][1]);
+                    }
+                }
+            }
+        };
+    }
+
+    float_avx2!(f32_avx2, f32, load8);
+    float_avx2!(f16_avx2, u16, halves8);
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    fn i16_avx512<const R: usize>(x: IntRows<'_>, w: &[Ints], offsets: bool, out: &mut [Row]) {
+        let Some(out) = out.first_chunk_mut::<R>() else { return };
+        let mut results = [[_mm512_setzero_ps(); 2]; R];
+        for r in 0..R {
+            results[r] = [load16(&out[r], 0), load16(&out[r], 1)];
+        }
+        let blocks = x.pairs.as_chunks::<R>().0.as_chunks::<PAIRS>().0;
+        let scales = x.scales.as_chunks::<R>().0.iter().zip(x.sums.as_chunks::<R>().0);
+        for ((pairs, (scales, sums)), w) in blocks.iter().zip(scales).zip(w) {
+            let mut totals = [[_mm512_setzero_si512(); 2]; R];
+            for (pairs, q) in pairs.iter().zip(&w.q) {
+                let (left, right) = (pairs16(q, 0), pairs16(q, 1));
+                for r in 0..R {
+                    let x = _mm512_set1_epi32(pairs[r]);
+                    totals[r][0] = _mm512_dpwssd_epi32(totals[r][0], left, x);
+                    totals[r][1] = _mm512_dpwssd_epi32(totals[r][1], right, x);
+                }
+            }
+            for half in 0..2 {
+                let (scale, offset) = (load16(&w.scale, half), load16(&w.offset, half));
+                for r in 0..R {
+                    results[r][half] = scaled(totals[r][half], scale, scales[r], results[r][half]);
+                    if offsets {
+                        let sum = _mm512_set1_ps(sums[r]);
+                        results[r][half] = _mm512_fmadd_ps(sum, offset, results[r][half]);
+                    }
+                }
+            }
+        }
+        for r in 0..R {
+            store16(&mut out[r], 0, results[r][0]);
+            store16(&mut out[r], 1, results[r][1]);
+        }
+    }
+
+    /// The 32 bytes from byte `32 i` on.
+    #[target_feature(enable = "avx512f")]
+    fn bytes32(unit: &Unit, i: usize) -> __m256i {
+        let part = &unit.as_chunks::<32>().0[i];
+        // SAFETY: it reads the 32 bytes of `part`, at any address.
+        #[expect(unsafe_code, reason = "vectors are loaded through pointers")]
+        unsafe {
+            _mm256_loadu_si256(part.as_ptr().cast())
+        }
+    }
+
+    /// Adds a block's integer sums to the results: scaled, and the offset of each column times the sum of x.
+    #[target_feature(enable = "avx512f")]
+    fn scaled(total: __m512i, scale: __m512, x: f32, result: __m512) -> __m512 {
+        let factor = _mm512_mul_ps(scale, _mm512_set1_ps(x));
+        _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), factor, result)
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    fn i8_avx512<const R: usize>(x: IntRows<'_>, units: &[Unit], out: &mut [Row]) {
+        let Some(out) = out.first_chunk_mut::<R>() else { return };
+        let mut results = [[_mm512_setzero_ps(); 2]; R];
+        for r in 0..R {
+            results[r] = [load16(&out[r], 0), load16(&out[r], 1)];
+        }
+        let blocks = x.pairs.as_chunks::<R>().0.as_chunks::<PAIRS>().0;
+        let scales = x.scales.as_chunks::<R>().0;
+        for ((pairs, scales), units) in
+            blocks.iter().zip(scales).zip(units.as_chunks::<{ PAIRS + 1 }>().0)
+        {
+            let [head, q @ ..] = units;
+            let mut totals = [[_mm512_setzero_si512(); 2]; R];
+            for (pairs, q) in pairs.iter().zip(q) {
+                let left = _mm512_cvtepi8_epi16(bytes32(q, 0));
+                let right = _mm512_cvtepi8_epi16(bytes32(q, 1));
+                for r in 0..R {
+                    let x = _mm512_set1_epi32(pairs[r]);
+                    totals[r][0] = _mm512_dpwssd_epi32(totals[r][0], left, x);
+                    totals[r][1] = _mm512_dpwssd_epi32(totals[r][1], right, x);
+                }
+            }
+            for half in 0..2 {
+                let scale = _mm512_cvtph_ps(bytes32(head, half));
+                for r in 0..R {
+                    results[r][half] = scaled(totals[r][half], scale, scales[r], results[r][half]);
+                }
+            }
+        }
+        for r in 0..R {
+            store16(&mut out[r], 0, results[r][0]);
+            store16(&mut out[r], 1, results[r][1]);
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    fn i4_avx512<const R: usize>(
+        x: IntRows<'_>,
+        units: &[Unit],
+        scales: &[[Row; 2]],
+        out: &mut [Row],
+    ) {
+        let Some(out) = out.first_chunk_mut::<R>() else { return };
+        let low_half = _mm256_set1_epi8(15);
+        let mut results = [[_mm512_setzero_ps(); 2]; R];
+        for r in 0..R {
+            results[r] = [load16(&out[r], 0), load16(&out[r], 1)];
+        }
+        let blocks = x.pairs.as_chunks::<R>().0.as_chunks::<PAIRS>().0.as_chunks::<2>().0;
+        let of_x = x.scales.as_chunks::<R>().0.iter().zip(x.sums.as_chunks::<R>().0);
+        let mut of_x = of_x.zip(scales);
+        for (pairs, units) in blocks.iter().zip(units.as_chunks::<PAIRS>().0) {
+            // Of the lower, then of the upper block.
+            let mut totals = [[[_mm512_setzero_si512(); 2]; R]; 2];
+            for (p, unit) in units.iter().enumerate() {
+                for half in 0..2 {
+                    let both = bytes32(unit, half);
+                    let low = _mm256_and_si256(both, low_half);
+                    let high = _mm256_and_si256(_mm256_srli_epi16::<4>(both), low_half);
+                    let q = [_mm512_cvtepu8_epi16(low), _mm512_cvtepu8_epi16(high)];
+                    for block in 0..2 {
+                        for r in 0..R {
+                            let x = _mm512_set1_epi32(pairs[block][p][r]);
+                            totals[block][r][half] =
+                                _mm512_dpwssd_epi32(totals[block][r][half], q[block], x);
+                        }
+                    }
+                }
+            }
+            for totals in totals {
+                let Some(((scales, sums), [scale, offset])) = of_x.next() else { return };
+                for half in 0..2 {
+                    let (scale, offset) = (load16(scale, half), load16(offset, half));
+                    for r in 0..R {
+                        let result = scaled(totals[r][half], scale, scales[r], results[r][half]);
+                        results[r][half] = _mm512_fmadd_ps(_mm512_set1_ps(sums[r]), offset, result);
+                    }
+                }
+            }
+        }
+        for r in 0..R {
+            store16(&mut out[r], 0, results[r][0]);
+            store16(&mut out[r], 1, results[r][1]);
+        }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn i16_avx2<const R: usize>(x: IntRows<'_>, w: &[Ints], offsets: bool, out: &mut [Row]) {
+        let Some(out) = out.first_chunk_mut::<R>() else { return };
+        let blocks = x.pairs.as_chunks::<R>().0.as_chunks::<PAIRS>().0;
+        let scales = x.scales.as_chunks::<R>().0.iter().zip(x.sums.as_chunks::<R>().0);
+        for ((pairs, (scales, sums)), w) in blocks.iter().zip(scales).zip(w) {
+            let mut totals = [[_mm256_setzero_si256(); 4]; R];
+            for (pairs, q) in pairs.iter().zip(&w.q) {
+                for part in 0..4 {
+                    let weights = pairs8(q, part);
+                    for r in 0..R {
+                        let products = _mm256_madd_epi16(weights, _mm256_set1_epi32(pairs[r]));
+                        totals[r][part] = _mm256_add_epi32(totals[r][part], products);
+                    }
+                }
+            }
+            for part in 0..4 {
+                let (scale, offset) = (load8(&w.scale, part), load8(&w.offset, part));
+                for r in 0..R {
+                    let factor = _mm256_mul_ps(scale, _mm256_set1_ps(scales[r]));
+                    let total = _mm256_cvtepi32_ps(totals[r][part]);
+                    let mut result = _mm256_fmadd_ps(total, factor, load8(&out[r], part));
+                    if offsets {
+                        result = _mm256_fmadd_ps(_mm256_set1_ps(sums[r]), offset, result);
+                    }
+                    store8(&mut out[r], part, result);
+                }
+            }
+        }
+    }
+}
