@@ -19,6 +19,7 @@ mod pictures;
 mod progress;
 mod pull;
 mod texts;
+mod threads;
 mod train;
 
 use std::process::ExitCode;
@@ -38,6 +39,7 @@ pub(crate) enum Outcome {
 }
 
 fn main() -> ExitCode {
+    threads::one_pool();
     memory::give_back_at_once();
     // Wrong usage leaves through clap with code 2, `--help` with code 0.
     let cli = Cli::read(std::env::args_os()).unwrap_or_else(|err| err.exit());

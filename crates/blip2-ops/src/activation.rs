@@ -1,11 +1,14 @@
-//! Element-wise activations: `gelu` (the erf form), `quick_gelu`, `silu_gate`.
+//! Element by element: `gelu` (the erf form), `gelu_tanh`, `quick_gelu`, `relu`, `silu_gate`, and `add`.
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, bail};
 
 use crate::host::{self, Fma, GRAIN, Host, simd};
 
 const GELU: &str = "gelu";
+const GELU_TANH: &str = "gelu_tanh";
 const QUICK_GELU: &str = "quick_gelu";
+const RELU: &str = "relu";
+const ADD: &str = "add";
 const SILU_GATE: &str = "silu_gate";
 
 /// `x Φ(x)` with the exact normal distribution function (erf), not its tanh approximation.
@@ -17,7 +20,28 @@ pub fn gelu(x: &Tensor) -> Result<Tensor> {
 /// `x σ(1.702 x)`, the approximation CLIP was trained with.
 pub fn quick_gelu(x: &Tensor) -> Result<Tensor> {
     host::check(QUICK_GELU, &[x])?;
-    x.apply_op1(QuickGelu)
+    x.apply_op1(GatedBySigmoid::<false>)
+}
+
+/// `x Φ(x)` by way of a hyperbolic tangent: what T5 calls `gelu_new`.
+pub fn gelu_tanh(x: &Tensor) -> Result<Tensor> {
+    host::check(GELU_TANH, &[x])?;
+    x.apply_op1(GatedBySigmoid::<true>)
+}
+
+/// `max(x, 0)`; the gradient at 0 is 0.
+pub fn relu(x: &Tensor) -> Result<Tensor> {
+    host::check(RELU, &[x])?;
+    x.apply_op1(Relu)
+}
+
+/// `x + y`, both of the same shape.
+pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    host::check(ADD, &[x, y])?;
+    if x.dims() != y.dims() {
+        bail!("{ADD}: {:?} and {:?} differ in shape", x.shape(), y.shape());
+    }
+    x.apply_op2(y, Add)
 }
 
 /// `silu(gate) · up` with `silu(x) = x σ(x)`; both of the same shape.
@@ -119,38 +143,120 @@ impl CustomOp1 for Gelu {
     }
 }
 
-struct QuickGelu;
+/// `x σ(z)`: GELU's approximations differ in z. `(1 + tanh u) / 2` is `σ(2u)`.
+struct GatedBySigmoid<const TANH: bool>;
 
-/// The slope inside the sigmoid.
-const QUICK: f32 = 1.702;
+impl<const TANH: bool> GatedBySigmoid<TANH> {
+    /// z, and its derivative.
+    #[inline(always)]
+    fn z(x: f32) -> (f32, f32) {
+        /// The slope inside the sigmoid.
+        const QUICK: f32 = 1.702;
+        /// 2 √(2/π), and the weight of the cube.
+        const SLOPE: f32 = 1.595_769_1;
+        const CUBE: f32 = 0.044_715;
+        if TANH {
+            (SLOPE * (x + CUBE * x * x * x), SLOPE * (1.0 + 3.0 * CUBE * x * x))
+        } else {
+            (QUICK * x, QUICK)
+        }
+    }
+}
 
-impl CustomOp1 for QuickGelu {
+impl<const TANH: bool> CustomOp1 for GatedBySigmoid<TANH> {
     fn name(&self) -> &'static str {
-        QUICK_GELU
+        if TANH { GELU_TANH } else { QUICK_GELU }
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = host::values(QUICK_GELU, storage, layout)?;
+        let x = host::values(self.name(), storage, layout)?;
         let y = map(
             &x,
             #[inline(always)]
-            |f, x| x * sigmoid(f, QUICK * x),
+            |f, x| x * sigmoid(f, Self::z(x).0),
         );
         Ok((CpuStorage::F32(y), layout.shape().clone()))
     }
 
     fn bwd(&self, x: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let (xs, gs) = (Host::new(QUICK_GELU, x)?, Host::new(QUICK_GELU, grad)?);
+        let (xs, gs) = (Host::new(self.name(), x)?, Host::new(self.name(), grad)?);
         let dx = map2(
             &xs,
             &gs,
             #[inline(always)]
             |f, x, g| {
-                let s = sigmoid(f, QUICK * x);
-                g * (s + QUICK * x * s * (1.0 - s))
+                let (z, slope) = Self::z(x);
+                let s = sigmoid(f, z);
+                g * (s + slope * x * s * (1.0 - s))
             },
         );
         Ok(Some(host::tensor(dx, x.shape())?))
+    }
+}
+
+struct Relu;
+
+impl CustomOp1 for Relu {
+    fn name(&self) -> &'static str {
+        RELU
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let x = host::values(RELU, storage, layout)?;
+        let y = map(
+            &x,
+            #[inline(always)]
+            // A comparison, so that NaN stays what it is.
+            |_, x| if x < 0.0 { 0.0 } else { x },
+        );
+        Ok((CpuStorage::F32(y), layout.shape().clone()))
+    }
+
+    fn bwd(&self, x: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let (xs, gs) = (Host::new(RELU, x)?, Host::new(RELU, grad)?);
+        let dx = map2(
+            &xs,
+            &gs,
+            #[inline(always)]
+            |_, x, g| if x > 0.0 { g } else { 0.0 },
+        );
+        Ok(Some(host::tensor(dx, x.shape())?))
+    }
+}
+
+struct Add;
+
+impl CustomOp2 for Add {
+    fn name(&self) -> &'static str {
+        ADD
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (x, y) = (host::values(ADD, s1, l1)?, host::values(ADD, s2, l2)?);
+        let sum = map2(
+            &x,
+            &y,
+            #[inline(always)]
+            |_, x, y| x + y,
+        );
+        Ok((CpuStorage::F32(sum), l1.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        y: &Tensor,
+        _res: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let take = |tracked: bool| tracked.then(|| grad.clone());
+        Ok((take(x.track_op()), take(y.track_op())))
     }
 }
 

@@ -48,37 +48,45 @@ pub fn attention(
     q.apply_op3(k, v, Attention { dims, scale: heads.scale, bias, dropout })
 }
 
+/// The sizes of one call.
 #[derive(Clone, Copy)]
-struct Dims {
-    b: usize,
-    tq: usize,
-    tk: usize,
-    h: usize,
-    kv: usize,
-    d: usize,
+pub(crate) struct Dims {
+    pub(crate) b: usize,
+    pub(crate) tq: usize,
+    pub(crate) tk: usize,
+    pub(crate) h: usize,
+    pub(crate) kv: usize,
+    pub(crate) d: usize,
 }
 
 impl Dims {
     fn new(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads) -> Result<Self> {
-        let Heads { heads: h, kv_heads: kv, .. } = heads;
-        let (&[b, tq, wq], &[bk, tk, wk]) = (q.dims(), k.dims()) else {
+        if k.dims() != v.dims() {
+            bail!("{NAME}: k {:?} and v {:?} differ in shape", k.shape(), v.shape());
+        }
+        let &[b, tk, width] = k.dims() else {
             bail!("{NAME}: q {:?} and k {:?} must be (b, t, heads*d)", q.shape(), k.shape());
         };
+        Self::of(q.dims(), [b, tk, width], heads)
+    }
+
+    /// Of queries (b, tq, heads*d) and keys (b, tk, kv_heads*d).
+    pub(crate) fn of(q: &[usize], k: [usize; 3], heads: Heads) -> Result<Self> {
+        let Heads { heads: h, kv_heads: kv, .. } = heads;
+        let (&[b, tq, wq], [bk, tk, wk]) = (q, k) else {
+            bail!("{NAME}: q {q:?} and k {k:?} must be (b, t, heads*d)");
+        };
         if h == 0 || kv == 0 || h % kv != 0 || wq % h != 0 {
-            bail!("{NAME}: {h} heads with {kv} key heads do not divide q {:?}", q.shape());
+            bail!("{NAME}: {h} heads with {kv} key heads do not divide q {q:?}");
         }
-        if b != bk || wk != wq / h * kv || k.dims() != v.dims() {
-            bail!(
-                "{NAME}: q {:?} with {h} heads, k {:?} and v {:?} with {kv} do not fit",
-                q.shape(),
-                k.shape(),
-                v.shape()
-            );
+        if b != bk || wk != wq / h * kv {
+            bail!("{NAME}: q {q:?} with {h} heads and k {k:?} with {kv} do not fit");
         }
         Ok(Self { b, tq, tk, h, kv, d: wq / h })
     }
 
-    fn group(&self) -> usize {
+    /// Query heads that share a key head.
+    pub(crate) fn group(&self) -> usize {
         self.h / self.kv
     }
 
@@ -89,13 +97,13 @@ impl Dims {
 }
 
 /// An additive bias: contiguous values, and strides that are 0 where it is broadcast.
-struct Bias {
-    values: Tensor,
-    strides: [usize; 4],
+pub(crate) struct Bias {
+    pub(crate) values: Tensor,
+    pub(crate) strides: [usize; 4],
 }
 
 impl Bias {
-    fn new(bias: &Tensor, dims: &Dims) -> Result<Self> {
+    pub(crate) fn new(bias: &Tensor, dims: &Dims) -> Result<Self> {
         host::check(NAME, &[bias])?;
         let full = [dims.b, dims.h, dims.tq, dims.tk];
         let own = bias.dims();
@@ -288,7 +296,7 @@ fn blocks(
 
 /// Soft-max of one row in place; a row of only -inf becomes zeros.
 #[inline(always)]
-fn soft_max(f: Fma, row: &mut [f32]) {
+pub(crate) fn soft_max(f: Fma, row: &mut [f32]) {
     let top = host::max(row);
     if top == f32::NEG_INFINITY {
         row.fill(0.0);

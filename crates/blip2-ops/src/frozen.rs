@@ -9,9 +9,11 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use candle_core::quantized::{GgmlDType, QTensor};
-use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor, bail};
-use half::f16;
+use candle_core::{
+    CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Storage, Tensor, WithDType, bail,
+};
 use half::slice::HalfFloatSliceExt as _;
+use half::{bf16, f16};
 use rayon::prelude::*;
 
 use crate::gemm::{self, Output, Threads, product};
@@ -122,13 +124,12 @@ impl FrozenWeight {
         // Candle cannot quantise nothing, and nothing needs no blocks.
         let format = if out * width == 0 { WeightFormat::F32 } else { format.for_width(width) };
         let panels = match format {
-            WeightFormat::F32 => {
-                let weight = weight.to_dtype(DType::F32)?;
-                Panels::f32(&Host::new(NAME, &weight)?, out, width)
-            }
+            WeightFormat::F32 => floats(&weight, out, width)?,
             WeightFormat::F16 => {
-                let halves = weight.to_dtype(DType::F16)?.flatten_all()?.to_vec1::<f16>()?;
-                Panels::f16(halves.reinterpret_cast(), out, width)
+                let weight = weight.to_dtype(DType::F16)?.contiguous()?;
+                let (storage, layout) = weight.storage_and_layout();
+                let halves = slice::<f16>(&storage, &layout)?.reinterpret_cast();
+                Panels::f16(out, width, |i| halves[i])
             }
             WeightFormat::Q8_0 => quantised(&weight, IntKind::Q8_0, GgmlDType::Q8_0)?,
             WeightFormat::Q4K => quantised(&weight, IntKind::Q4K, GgmlDType::Q4K)?,
@@ -150,9 +151,9 @@ impl FrozenWeight {
             }
             GgmlDType::F16 => {
                 let bytes = tensor.data()?;
-                let halves: Vec<u16> =
-                    bytes.as_chunks::<2>().0.iter().map(|b| u16::from_le_bytes(*b)).collect();
-                let store = Store::Panels(Panels::f16(&halves, out, width));
+                let halves = bytes.as_chunks::<2>().0;
+                let panels = Panels::f16(out, width, |i| u16::from_le_bytes(halves[i]));
+                let store = Store::Panels(panels);
                 return Ok(Self(Arc::new(Inner { store, out, width })));
             }
             GgmlDType::Q8_0 => IntKind::Q8_0,
@@ -239,6 +240,58 @@ impl FrozenWeight {
         }
         host::tensor(all, (ids.len(), *width))
     }
+}
+
+/// f32 panels of a weight of any float type, without a copy of it in between.
+fn floats(weight: &Tensor, out: usize, width: usize) -> Result<Panels> {
+    let weight = match weight.dtype() {
+        DType::F32 | DType::F16 | DType::BF16 => weight.contiguous()?,
+        _ => weight.to_dtype(DType::F32)?.contiguous()?,
+    };
+    let (storage, layout) = weight.storage_and_layout();
+    Ok(match weight.dtype() {
+        DType::F16 => {
+            let halves = slice::<f16>(&storage, &layout)?;
+            Panels::f32(out, width, |i| quant::half_to_f32(halves[i].to_bits()))
+        }
+        DType::BF16 => {
+            let halves = slice::<bf16>(&storage, &layout)?;
+            Panels::f32(out, width, |i| halves[i].to_f32())
+        }
+        _ => {
+            let weights = slice::<f32>(&storage, &layout)?;
+            Panels::f32(out, width, |i| weights[i])
+        }
+    })
+}
+
+/// The numbers of a contiguous tensor.
+fn slice<'a, T: WithDType>(storage: &'a Storage, layout: &Layout) -> Result<&'a [T]> {
+    let (Storage::Cpu(storage), Some((start, end))) = (storage, layout.contiguous_offsets()) else {
+        bail!("frozen weight: works on contiguous tensors on the CPU only");
+    };
+    Ok(&storage.as_slice::<T>()?[start..end])
+}
+
+/// Whether every number of `tensor`, of type f32, f16 or bf16 on the CPU, is finite.
+///
+/// # Errors
+/// If it is of another type.
+pub fn is_finite(tensor: &Tensor) -> Result<bool> {
+    const PIECE: usize = 1 << 16;
+    let tensor = tensor.contiguous()?;
+    let (storage, layout) = tensor.storage_and_layout();
+    Ok(match tensor.dtype() {
+        DType::F16 => slice::<f16>(&storage, &layout)?
+            .par_chunks(PIECE)
+            .all(|part| part.iter().fold(true, |fine, x| fine & x.is_finite())),
+        DType::BF16 => slice::<bf16>(&storage, &layout)?
+            .par_chunks(PIECE)
+            .all(|part| part.iter().fold(true, |fine, x| fine & x.is_finite())),
+        _ => slice::<f32>(&storage, &layout)?
+            .par_chunks(PIECE)
+            .all(|part| part.iter().fold(true, |fine, x| fine & x.is_finite())),
+    })
 }
 
 /// Quantises row by row, 32 rows at a time: no copy of the whole in f32 is made.

@@ -12,8 +12,9 @@
 //! | `frozen.rs`, `quant.rs` | [`FrozenWeight`] in f32, f16 or GGUF blocks, [`frozen_linear`] |
 //! | `panel.rs`, `tile.rs` | how frozen weights lie in memory, and the innermost products with them |
 //! | `attention.rs` | [`attention`]: grouped heads, additive bias, dropout on probabilities |
+//! | `cached.rs` | [`cached_attention`]: a decoder's step, forward only |
 //! | `norm.rs` | [`layer_norm`], [`rms_norm`], [`l2_normalize`] |
-//! | `activation.rs` | [`gelu`], [`quick_gelu`], [`silu_gate`] |
+//! | `activation.rs` | [`gelu`], [`gelu_tanh`], [`quick_gelu`], [`relu`], [`silu_gate`], [`add`] |
 //! | `rope.rs`, `embedding.rs` | [`rope`], [`embedding`] |
 //! | `loss.rs` | [`cross_entropy`], [`soft_cross_entropy`] |
 //! | `dropout.rs` | [`dropout`], and [`Dropout`], the stream of its keys |
@@ -30,6 +31,7 @@
 
 mod activation;
 mod attention;
+mod cached;
 mod comm;
 mod dropout;
 mod embedding;
@@ -46,14 +48,15 @@ mod rope;
 mod tile;
 mod work;
 
-pub use activation::{gelu, quick_gelu, silu_gate};
+pub use activation::{add, gelu, gelu_tanh, quick_gelu, relu, silu_gate};
 pub use attention::{Heads, attention};
+pub use cached::{Segment, cached_attention};
 pub use comm::{Communicator, SingleProcess, all_gather};
 pub use dropout::{Dropout, DropoutKey, dropout};
 pub use embedding::embedding;
-pub use frozen::{FrozenWeight, WeightFormat, frozen_linear};
+pub use frozen::{FrozenWeight, WeightFormat, frozen_linear, is_finite};
 pub use linear::linear;
-pub use loss::{IGNORE, cross_entropy, soft_cross_entropy};
+pub use loss::{IGNORE, cross_entropy, log_sum_exp, soft_cross_entropy};
 pub use norm::{l2_normalize, layer_norm, rms_norm};
 pub use optim::{AdamW, adamw_step, sum_of_squares};
 pub use rope::{RopeStyle, rope};

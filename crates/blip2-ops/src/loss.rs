@@ -76,14 +76,27 @@ struct CrossEntropy {
     log_sums: OnceLock<Vec<f32>>,
 }
 
-/// log Σ exp(x)
+/// `ln Σ exp(x)`; -∞ of nothing.
+#[must_use]
+pub fn log_sum_exp(x: &[f32]) -> f32 {
+    simd(
+        #[inline(always)]
+        |f| log_sum_exp_with(f, x),
+    )
+}
+
+/// Partial sums of a thousand terms in f32, their sum in f64: a vocabulary is long.
 #[inline(always)]
-fn log_sum_exp(f: Fma, x: &[f32]) -> f32 {
+fn log_sum_exp_with(f: Fma, x: &[f32]) -> f32 {
     let top = host::max(x);
     if top == f32::NEG_INFINITY {
         return top;
     }
-    top + host::sum_exp(f, x, top).ln()
+    let mut sum = 0f64;
+    for x in x.chunks(1024) {
+        sum += f64::from(host::sum_exp(f, x, top));
+    }
+    top + sum.ln() as f32
 }
 
 impl CrossEntropy {
@@ -104,7 +117,7 @@ impl CrossEntropy {
                             if classes[i] == IGNORE {
                                 return (0.0, 0.0);
                             }
-                            let lse = log_sum_exp(f, x);
+                            let lse = log_sum_exp_with(f, x);
                             let mut loss = lse - x[classes[i] as usize];
                             if *smoothing > 0.0 {
                                 let even = lse - host::sum(x) / c as f32;
@@ -114,7 +127,7 @@ impl CrossEntropy {
                         }
                         (Targets::Soft(_), soft) => {
                             let t = soft.map_or(&[][..], |t| &t[i * c..(i + 1) * c]);
-                            let lse = log_sum_exp(f, x);
+                            let lse = log_sum_exp_with(f, x);
                             // -Σ t (x - lse)
                             (lse, -host::dot_centred(f, x, lse, t))
                         }

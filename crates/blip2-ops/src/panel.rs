@@ -180,16 +180,14 @@ enum Store {
 }
 
 impl Panels {
-    /// Of f32 weights, row by row.
-    pub(crate) fn f32(rows: &[f32], out: usize, width: usize) -> Self {
-        let store = Store::F32(interleave(out, width, |row, k| rows[row * width + k]));
-        Self { store, out, width }
+    /// Of f32 weights, which `weight` gives by their place, counted row by row.
+    pub(crate) fn f32(out: usize, width: usize, weight: impl Fn(usize) -> f32 + Sync) -> Self {
+        Self { store: Store::F32(interleave(out, width, weight)), out, width }
     }
 
-    /// Of the bits of halves, row by row.
-    pub(crate) fn f16(rows: &[u16], out: usize, width: usize) -> Self {
-        let store = Store::F16(interleave(out, width, |row, k| rows[row * width + k]));
-        Self { store, out, width }
+    /// Of the bits of halves, likewise.
+    pub(crate) fn f16(out: usize, width: usize, weight: impl Fn(usize) -> u16 + Sync) -> Self {
+        Self { store: Store::F16(interleave(out, width, weight)), out, width }
     }
 
     /// Of quantised rows: `fill` writes the bytes of the rows it is asked for, 32 or fewer.
@@ -371,7 +369,7 @@ impl Panels {
 fn interleave<T: Copy + Default + Send>(
     out: usize,
     width: usize,
-    weight: impl Fn(usize, usize) -> T + Sync,
+    weight: impl Fn(usize) -> T + Sync,
 ) -> Vec<[T; COLUMNS]> {
     /// Positions along k for which 32 rows fit the first-level cache.
     const STRIP: usize = 64;
@@ -379,8 +377,9 @@ fn interleave<T: Copy + Default + Send>(
     panels.par_chunks_mut(width.max(1)).enumerate().for_each(|(panel, rows)| {
         for (strip, rows) in rows.chunks_mut(STRIP).enumerate() {
             for c in 0..COLUMNS.min(out - panel * COLUMNS) {
+                let first = (panel * COLUMNS + c) * width + strip * STRIP;
                 for (k, row) in rows.iter_mut().enumerate() {
-                    row[c] = weight(panel * COLUMNS + c, strip * STRIP + k);
+                    row[c] = weight(first + k);
                 }
             }
         }
@@ -717,8 +716,8 @@ mod tests {
             Panels::ints(kind, out, width, fill).unwrap()
         };
         vec![
-            Panels::f32(&dense, out, width),
-            Panels::f16(&halves, out, width),
+            Panels::f32(out, width, |i| dense[i]),
+            Panels::f16(out, width, |i| halves[i]),
             ints(IntKind::Q8_0, 608, 1),
             ints(IntKind::Q4_0, 608, 1),
             ints(IntKind::Q4_1, 608, 2),

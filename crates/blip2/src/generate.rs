@@ -12,6 +12,7 @@
 //!
 //! Letters: `batch` pictures, `rows` sequences now being extended, `v` vocabulary.
 
+use blip2_ops::log_sum_exp;
 use candle_core::Tensor;
 use rayon::prelude::*;
 
@@ -386,16 +387,6 @@ fn argmax(scores: &[f32]) -> usize {
     best
 }
 
-fn log_sum_exp(scores: &[f32]) -> f32 {
-    let max = scores.iter().fold(f32::NEG_INFINITY, |a, b| a.max(*b));
-    if max == f32::NEG_INFINITY {
-        return max;
-    }
-    // In f64: 49 152 terms one after the other in f32 are 1e-4 off.
-    let sum: f64 = scores.iter().map(|x| f64::from((x - max).exp())).sum();
-    max + sum.ln() as f32
-}
-
 /// Temperature, then `top_k`, then `top_p`; what is cut becomes −∞. At least `keep` tokens stay.
 fn trim(scores: &mut [f32], sampling: &Sampling, keep: usize) {
     if sampling.temperature != 1.0 {
@@ -617,8 +608,8 @@ impl Search {
         sampling: Option<&Sampling>,
         keep: usize,
     ) -> Vec<Candidate> {
-        let mut best = Best::new(keep);
-        for (beam, running) in self.running.iter().enumerate() {
+        let of_beam = |(beam, running): (usize, &Running)| {
+            let mut best = Best::new(keep);
             let mut scores = logits.row(running.row).to_vec();
             let total = log_sum_exp(&scores);
             for score in &mut scores {
@@ -639,7 +630,12 @@ impl Search {
                 };
                 best.offer(Candidate { rank, score, beam, token });
             }
-        }
+            best.sorted
+        };
+        let beams: Vec<Vec<Candidate>> = self.running.par_iter().enumerate().map(of_beam).collect();
+        // In the order of the beams: of equals the earlier wins.
+        let mut best = Best::new(keep);
+        beams.into_iter().flatten().for_each(|candidate| best.offer(candidate));
         best.sorted
     }
 }

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use blip2_ops::{
-    FrozenWeight, Heads, RopeStyle, WeightFormat, attention, frozen_linear, rms_norm, rope,
+    FrozenWeight, Heads, RopeStyle, WeightFormat, add, attention, frozen_linear, rms_norm, rope,
     silu_gate,
 };
 use candle_core::quantized::gguf_file::{Content, Value};
@@ -230,19 +230,22 @@ impl Block {
         let q = rotate(&frozen_linear(&y, &self.q, None)?, num_heads)?; // (b, t, h·e)
         let k = rotate(&frozen_linear(&y, &self.k, None)?, num_kv_heads)?; // (b, t, g·e)
         let v = frozen_linear(&y, &self.v, None)?;
-        let (k, v) = match cache {
-            Some(cache) => cache.append(&k, &v)?, // (b, s, g·e)
-            None => (k, v),
-        };
         let scale = 1.0 / (head_width as f32).sqrt();
         let heads = Heads { heads: num_heads, kv_heads: num_kv_heads, scale };
-        let y = attention(&q, &k, &v, layout.bias.as_ref(), heads, None)?;
-        let x = (x + frozen_linear(&y, &self.out, None)?)?;
+        let bias = layout.bias.as_ref();
+        let y = match cache {
+            Some(cache) => {
+                cache.append(k, v)?;
+                cache.attend(&q, bias, heads, None)?
+            }
+            None => attention(&q, &k, &v, bias, heads, None)?,
+        };
+        let x = add(x, &frozen_linear(&y, &self.out, None)?)?;
 
         let y = rms_norm(&x, &self.ffn_norm, norm_eps)?;
         let gate = frozen_linear(&y, &self.gate, None)?;
         let up = frozen_linear(&y, &self.up, None)?;
-        Ok((x + frozen_linear(&silu_gate(&gate, &up)?, &self.down, None)?)?)
+        Ok(add(&x, &frozen_linear(&silu_gate(&gate, &up)?, &self.down, None)?)?)
     }
 }
 

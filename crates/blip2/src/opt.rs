@@ -8,7 +8,7 @@
 //!
 //! Letters: `b` rows, `t` new positions, `d` width, `v` vocabulary.
 
-use blip2_ops::{Dropout, FrozenWeight, frozen_linear};
+use blip2_ops::{Dropout, FrozenWeight, add, frozen_linear};
 use candle_core::Tensor;
 use serde::Deserialize;
 
@@ -141,11 +141,11 @@ impl Block {
 
     fn forward(&self, x: &Tensor, layout: &Layout, cache: Option<&mut KvCache>) -> Result<Tensor> {
         if self.pre_norm {
-            let x = (x + self.attend(&self.attn_norm.forward(x)?, layout, cache)?)?;
-            return Ok((&x + self.mlp.forward(&self.mlp_norm.forward(&x)?)?)?);
+            let x = add(x, &self.attend(&self.attn_norm.forward(x)?, layout, cache)?)?;
+            return Ok(add(&x, &self.mlp.forward(&self.mlp_norm.forward(&x)?)?)?);
         }
-        let x = self.attn_norm.forward(&(x + self.attend(x, layout, cache)?)?)?;
-        self.mlp_norm.forward(&(&x + self.mlp.forward(&x)?)?)
+        let x = self.attn_norm.forward(&add(x, &self.attend(x, layout, cache)?)?)?;
+        self.mlp_norm.forward(&add(&x, &self.mlp.forward(&x)?)?)
     }
 }
 

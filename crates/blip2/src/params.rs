@@ -261,7 +261,7 @@ impl Params {
                     let load = || converted(stored.load()?);
                     let tensor =
                         load().map_err(|err: Error| self.source.named_tensor(&path, err))?;
-                    if is_finite(&tensor)? {
+                    if blip2_ops::is_finite(&tensor)? {
                         return Ok(tensor);
                     }
                     format!("{path} holds NaN or infinity")
@@ -381,12 +381,6 @@ fn read_gguf(bytes: &[u8]) -> candle_core::Result<BTreeMap<String, Tensor>> {
             Ok((name, if scalar { tensor.reshape(())? } else { tensor }))
         })
         .collect()
-}
-
-fn is_finite(tensor: &Tensor) -> Result<bool> {
-    // The sum of absolute values is finite only if every value is (f32 weights are far from overflowing it).
-    let sum = tensor.abs()?.to_dtype(DType::F32)?.sum_all()?.to_scalar::<f32>()?;
-    Ok(sum.is_finite())
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

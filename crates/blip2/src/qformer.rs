@@ -12,7 +12,7 @@
 //! Post-norm, as BERT. It knows no image encoder and no language model. Shapes: b batch, q queries, t text tokens,
 //! p picture tokens, w width.
 
-use blip2_ops::Dropout;
+use blip2_ops::{Dropout, add};
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
@@ -156,7 +156,7 @@ fn residual(
     p: f32,
     dropout: &Dropout,
 ) -> Result<Tensor> {
-    norm.forward(&(x + dropout.apply(branch, p)?)?)
+    norm.forward(&add(x, &dropout.apply(branch, p)?)?)
 }
 
 impl Layer {

@@ -8,7 +8,7 @@
 //!
 //! Letters: `b` rows, `s` positions of the encoder, `t` of the decoder, `d` width, `h` heads, `v` vocabulary.
 
-use blip2_ops::{Dropout, FrozenWeight, frozen_linear};
+use blip2_ops::{Dropout, FrozenWeight, add, frozen_linear};
 use candle_core::{Device, Tensor};
 use serde::Deserialize;
 
@@ -200,8 +200,8 @@ impl EncoderBlock {
 
     fn forward(&self, x: &Tensor, bias: &Tensor) -> Result<Tensor> {
         let seen = self.attn.attend(&self.attn_norm.forward(x)?, Some(bias), &Dropout::off())?;
-        let x = (x + seen)?;
-        Ok((&x + self.ffn.forward(&self.ffn_norm.forward(&x)?)?)?)
+        let x = add(x, &seen)?;
+        Ok(add(&x, &self.ffn.forward(&self.ffn_norm.forward(&x)?)?)?)
     }
 }
 
@@ -231,15 +231,15 @@ impl DecoderBlock {
         x: &Tensor,
         cache: &mut KvCache,
         bias: &Tensor,
-        (k, v): &(Tensor, Tensor),
+        encoded: &KvCache,
         padding: &Tensor,
     ) -> Result<Tensor> {
         let off = Dropout::off();
         let seen = self.attn.attend_cached(&self.attn_norm.forward(x)?, cache, Some(bias), &off)?;
-        let x = (x + seen)?;
+        let x = add(x, &seen)?;
         let y = self.cross_norm.forward(&x)?;
-        let x = (&x + self.cross.attend_projected(&y, k, v, Some(padding), &off)?)?;
-        Ok((&x + self.ffn.forward(&self.ffn_norm.forward(&x)?)?)?)
+        let x = add(&x, &self.cross.attend_to(&y, encoded, Some(padding), &off)?)?;
+        Ok(add(&x, &self.ffn.forward(&self.ffn_norm.forward(&x)?)?)?)
     }
 }
 
@@ -326,8 +326,8 @@ pub struct T5 {
 /// What the decoder knows: the encoder's keys and values, and its own so far; owned by the caller.
 #[derive(Debug, Clone)]
 pub struct Memory {
-    /// Keys and values of the encoder's output, a pair per layer of the decoder, each (rows, s, inner).
-    cross: Vec<(Tensor, Tensor)>,
+    /// Keys and values of the encoder's output, per layer of the decoder: (rows, s, inner).
+    cross: Vec<KvCache>,
     /// Hides the encoder's padding: (rows, 1, 1, s).
     padding: Tensor,
     own: KvCaches,
@@ -345,12 +345,8 @@ impl Memory {
     /// # Errors
     /// A row that isn't there.
     pub fn reorder(&mut self, rows: &[u32]) -> Result<()> {
-        let index = Tensor::new(rows, &Device::Cpu)?;
-        for (k, v) in &mut self.cross {
-            *k = k.index_select(&index, 0)?;
-            *v = v.index_select(&index, 0)?;
-        }
-        self.padding = self.padding.index_select(&index, 0)?;
+        self.cross.iter_mut().try_for_each(|cache| cache.reorder(rows))?;
+        self.padding = self.padding.index_select(&Tensor::new(rows, &Device::Cpu)?, 0)?;
         self.own.reorder(rows)
     }
 }
@@ -427,8 +423,11 @@ impl T5 {
             x = block.forward(&x, &bias)?;
         }
         let x = self.encoder_norm.forward(&x)?;
-        let cross =
-            self.decoder.iter().map(|block| block.cross.project(&x)).collect::<Result<_>>()?;
+        let cross = self.decoder.iter().map(|block| {
+            let (k, v) = block.cross.project(&x)?;
+            KvCache::holding(k, v)
+        });
+        let cross = cross.collect::<Result<_>>()?;
         Ok(Memory { cross, padding, own: KvCaches::new(self.decoder.len()) })
     }
 

@@ -13,7 +13,7 @@
 //! The output is the second-last layer's (paper §3.4), un-normalised: `ln_vision` belongs to the bridge.
 //! Shapes: b pictures, n = (size / patch)² patches, w width.
 
-use blip2_ops::Dropout;
+use blip2_ops::{Dropout, add};
 use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
 use serde::{Deserialize, Serialize};
@@ -170,9 +170,9 @@ impl Block {
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let attn = self.attn.attend(&self.norm1.forward(x)?, None, &Dropout::off())?;
-        let x = (x + scaled(attn, self.scale1.as_ref())?)?;
+        let x = add(x, &scaled(attn, self.scale1.as_ref())?)?;
         let mlp = self.mlp.forward(&self.norm2.forward(&x)?)?;
-        Ok((&x + scaled(mlp, self.scale2.as_ref())?)?)
+        Ok(add(&x, &scaled(mlp, self.scale2.as_ref())?)?)
     }
 }
 

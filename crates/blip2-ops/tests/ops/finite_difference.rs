@@ -1,9 +1,10 @@
 //! Hand-written gradients equal differences of the forward pass, also for strided inputs.
 
 use blip2_ops::{
-    DropoutKey, FrozenWeight, Heads, IGNORE, RopeStyle, SingleProcess, WeightFormat, all_gather,
-    attention, cross_entropy, dropout, embedding, frozen_linear, gelu, l2_normalize, layer_norm,
-    linear, quick_gelu, rms_norm, rope, silu_gate, soft_cross_entropy,
+    DropoutKey, FrozenWeight, Heads, IGNORE, RopeStyle, SingleProcess, WeightFormat, add,
+    all_gather, attention, cross_entropy, dropout, embedding, frozen_linear, gelu, gelu_tanh,
+    l2_normalize, layer_norm, linear, quick_gelu, relu, rms_norm, rope, silu_gate,
+    soft_cross_entropy,
 };
 use candle_core::{Device, Result, Tensor, Var};
 
@@ -75,6 +76,12 @@ fn activations() {
     let (x, up) = (numbers(1, &[3, 17]), numbers(2, &[3, 17]));
     check("gelu", std::slice::from_ref(&x), |a| gelu(&a[0]));
     check("quick_gelu", std::slice::from_ref(&x), |a| quick_gelu(&a[0]));
+    check("gelu_tanh", std::slice::from_ref(&x), |a| gelu_tanh(&a[0]));
+    check("add", &[x.clone(), up.clone()], |a| add(&a[0], &a[1]));
+    // Away from the kink at 0, where there is no slope.
+    let away: Vec<f32> = list(&x).iter().map(|x| x + 0.1 * x.signum()).collect();
+    let away = Tensor::from_vec(away, x.shape(), &Device::Cpu).unwrap();
+    check("relu", &[away], |a| relu(&a[0]));
     check("silu_gate", &[x, up], |a| silu_gate(&a[0], &a[1]));
 }
 

@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use blip2_ops::{
-    AdamW, Communicator, Dropout, DropoutKey, Heads, IGNORE, RopeStyle, SingleProcess, adamw_step,
-    all_gather, attention, cross_entropy, dropout, embedding, gelu, l2_normalize, layer_norm,
-    linear, quick_gelu, rms_norm, rope, silu_gate, soft_cross_entropy, sum_of_squares,
+    AdamW, Communicator, Dropout, DropoutKey, Heads, IGNORE, RopeStyle, Segment, SingleProcess,
+    adamw_step, all_gather, attention, cached_attention, cross_entropy, dropout, embedding, gelu,
+    gelu_tanh, is_finite, l2_normalize, layer_norm, linear, log_sum_exp, quick_gelu, relu,
+    rms_norm, rope, silu_gate, soft_cross_entropy, sum_of_squares,
 };
 use candle_core::{DType, Device, Result, Tensor};
 
@@ -304,6 +305,64 @@ fn gelu_is_within_a_millionth_of_the_erf_form() {
         let truth = 0.5 * x64 * (1.0 + erf(x64 / std::f64::consts::SQRT_2));
         assert!((f64::from(y) - truth).abs() < 5e-7, "gelu({x}) = {y}, not {truth}");
     }
+}
+
+#[test]
+fn gelu_tanh_and_relu_are_what_they_are_called() {
+    let xs: Vec<f32> = (-6000..=6000).map(|i| i as f32 / 1000.0).collect();
+    let x = Tensor::new(xs.as_slice(), &Device::Cpu).unwrap();
+    let (gelus, relus) = (list(&gelu_tanh(&x).unwrap()), list(&relu(&x).unwrap()));
+    for ((x, gelu), relu) in xs.iter().zip(gelus).zip(relus) {
+        let x64 = f64::from(*x);
+        let u = (2.0 / std::f64::consts::PI).sqrt() * (x64 + 0.044715 * x64.powi(3));
+        let truth = 0.5 * x64 * (1.0 + u.tanh());
+        assert!((f64::from(gelu) - truth).abs() < 1e-6, "gelu_tanh({x}) = {gelu}, not {truth}");
+        assert_eq!(relu, x.max(0.0));
+    }
+    assert!(list(&relu(&Tensor::new(&[f32::NAN], &Device::Cpu).unwrap()).unwrap())[0].is_nan());
+}
+
+#[test]
+fn log_sum_exp_of_a_long_row_is_exact_enough() {
+    let xs: Vec<f32> = (0..50_000).map(|i| (i as f32 * 0.37).sin() * 12.0).collect();
+    let truth = xs.iter().map(|x| f64::from(*x).exp()).sum::<f64>().ln();
+    assert!((f64::from(log_sum_exp(&xs)) - truth).abs() < 2e-6);
+    assert_eq!(log_sum_exp(&[]), f32::NEG_INFINITY);
+    assert_eq!(log_sum_exp(&[f32::NEG_INFINITY; 3]), f32::NEG_INFINITY);
+}
+
+#[test]
+fn a_cached_step_is_attention_and_refuses_what_it_cannot_do() {
+    let (q, k, v) = (numbers(1, &[3, 1, 4]), numbers(2, &[2, 5, 4]), numbers(3, &[2, 5, 4]));
+    let segment = |rows: &[u32]| Segment { k: k.clone(), v: v.clone(), rows: rows.to_vec() };
+    let rows = Tensor::new(&[1u32, 0, 1], &Device::Cpu).unwrap();
+    let copy = |t: &Tensor| t.index_select(&rows, 0).unwrap();
+    let y = cached_attention(&q, &[segment(&[1, 0, 1])], None, HEADS).unwrap();
+    close("cached", &y, &attention(&q, &copy(&k), &copy(&v), None, HEADS, None).unwrap(), 1e-6);
+    let name = "cached_attention";
+    fails(cached_attention(&q, &[], None, HEADS), &[name, "no keys"]);
+    fails(cached_attention(&q, &[segment(&[1, 2, 0])], None, HEADS), &[name, "row 2", "[2, 5, 4]"]);
+    fails(cached_attention(&q, &[segment(&[1])], None, HEADS), &[name, "1 rows", "[3, 1, 4]"]);
+    let long = numbers(1, &[3, 2, 4]);
+    fails(cached_attention(&long, &[segment(&[0, 1, 0])], None, HEADS), &["more than one"]);
+    let tracked = var(&q);
+    fails(cached_attention(&tracked, &[segment(&[0, 1, 0])], None, HEADS), &["no gradient"]);
+}
+
+#[test]
+fn what_is_not_finite_is_found_in_every_type() {
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut values = vec![1.5f32; 70_000];
+            let tensor = |values: &[f32]| {
+                Tensor::new(values, &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
+            };
+            assert!(is_finite(&tensor(&values)).unwrap());
+            values[69_999] = bad;
+            assert!(!is_finite(&tensor(&values)).unwrap(), "{dtype:?} {bad}");
+        }
+    }
+    assert!(is_finite(&Tensor::new(&[1u32], &Device::Cpu).unwrap()).is_err());
 }
 
 #[test]

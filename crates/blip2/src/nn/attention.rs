@@ -104,8 +104,23 @@ impl Attention {
         dropout: &Dropout,
     ) -> Result<Tensor> {
         let (k, v) = self.project(x)?;
-        let (k, v) = cache.append(&k, &v)?;
-        self.attend_projected(x, &k, &v, bias, dropout)
+        cache.append(k, v)?;
+        self.attend_to(x, cache, bias, dropout)
+    }
+
+    /// Attention of `x` (b, t, d) to what the cache holds, and nothing else.
+    ///
+    /// # Errors
+    /// If shapes don't fit.
+    pub fn attend_to(
+        &self,
+        x: &Tensor,
+        cache: &KvCache,
+        bias: Option<&Tensor>,
+        dropout: &Dropout,
+    ) -> Result<Tensor> {
+        let q = self.q.forward(x)?;
+        self.out.forward(&cache.attend(&q, bias, self.heads, dropout.key(self.dropout))?)
     }
 
     /// Keys and values (b, s, d) of `x` (b, s, `key_width`), for [`Self::attend_projected`].

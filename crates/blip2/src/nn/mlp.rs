@@ -30,8 +30,8 @@ impl Activation {
         Ok(match self {
             Self::Gelu => blip2_ops::gelu(x)?,
             Self::QuickGelu => blip2_ops::quick_gelu(x)?,
-            Self::GeluNew => x.gelu()?,
-            Self::Relu => x.relu()?,
+            Self::GeluNew => blip2_ops::gelu_tanh(x)?,
+            Self::Relu => blip2_ops::relu(x)?,
         })
     }
 }
