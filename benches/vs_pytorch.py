@@ -11,6 +11,7 @@ share of equal tokens is shown. Ends with 1 if equal ones differ.
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -44,7 +45,8 @@ def torch_side(args):
         return statistics.median(times), result
 
     def read():
-        return processor.image_processor(Image.open(args.picture).convert("RGB"), return_tensors="pt").pixel_values
+        one = lambda: processor.image_processor(Image.open(args.picture).convert("RGB"), return_tensors="pt").pixel_values
+        return torch.cat([one() for _ in range(batch)])
 
     def search(embeds, count):
         mask = torch.ones(embeds.shape[:2], dtype=torch.long)
@@ -56,13 +58,11 @@ def torch_side(args):
         return model.language_projection(model.qformer(query_embeds=queries, encoder_hidden_states=features).last_hidden_state)
 
     def whole():
-        pixels = torch.cat([read() for _ in range(batch)])
-        return model.generate(pixel_values=pixels, num_beams=beams, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens)
+        return model.generate(pixel_values=read(), num_beams=beams, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens)
 
     with torch.no_grad():
         parts = {}
         parts["decode + resize"], pixels = median(read)
-        pixels = torch.cat([pixels] * batch)
         parts["image encoder"], features = median(lambda: model.vision_model(pixels).last_hidden_state)
         parts["q-former"], soft = median(lambda: bridge(features))
         start_ids = torch.tensor([processor.tokenizer("").input_ids] * batch)
@@ -73,36 +73,29 @@ def torch_side(args):
         parts["whole caption"], out = median(whole)
         skip = 1 if t5 else model.config.num_query_tokens + 1
         captions = [row[skip:].tolist() for row in out]
-    print(json.dumps({"loading_seconds": loading, "parts": parts, "tokens": captions}))
+    # Not the parent's rusage: a child begins with the peak of the process that started it.
+    with open("/proc/self/status") as status:
+        peak = int(re.search(r"VmHWM:\s+(\d+)", status.read())[1]) * 1024
+    print(json.dumps({"loading_seconds": loading, "peak_bytes": peak, "parts": parts, "tokens": captions}))
 
 
-def run(command):
-    """The JSON that `command` prints last, and the most memory it held, in GB."""
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
-        out = child.stdout.read()
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        sys.exit(f"{' '.join(command)} ended with {child.returncode}")
-    return json.loads(out.splitlines()[-1]), usage.ru_maxrss / 1e6
+def run(args, beams, *command):
+    """The JSON that a side prints last."""
+    command = [*command, "--num-beams", str(beams), "--max-new-tokens", str(args.max_new_tokens), "--batch-size", str(args.batch_size),
+               "--repeat", str(args.repeat), "--threads", str(args.threads)]
+    out = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+    return json.loads(out.splitlines()[-1])
 
 
 def measure_torch(args, beams):
-    command = [sys.executable, __file__, "--side", "torch", "--folder", args.folder, "--picture", args.picture, "--num-beams", str(beams),
-               "--max-new-tokens", str(args.max_new_tokens), "--batch-size", str(args.batch_size), "--repeat", str(args.repeat),
-               "--threads", str(args.threads)]
-    found, peak = run(command)
-    return {**found, "peak": peak}
+    return run(args, beams, sys.executable, __file__, "--side", "torch", "--folder", args.folder, "--picture", args.picture)
 
 
 def measure_blip2(args, beams, weights):
-    command = [args.program, "bench", args.picture, "--model", args.folder, "--weights", weights, "--num-beams", str(beams),
-               "--max-new-tokens", str(args.max_new_tokens), "--batch-size", str(args.batch_size), "--repeat", str(args.repeat),
-               "--threads", str(args.threads), "--prompt", "", "--hf-pixels", "--json"]
-    found, peak = run(command)
+    found = run(args, beams, args.program, "bench", args.picture, "--model", args.folder, "--weights", weights, "--prompt", "",
+                "--hf-pixels", "--json")
     parts = {part["part"]: part["seconds"] for part in found["parts"]}
-    return {"loading_seconds": found["loading_seconds"], "parts": parts, "peak": peak,
-            "tokens": [caption["tokens"] for caption in found["captions"]]}
+    return {**found, "parts": parts, "tokens": [caption["tokens"] for caption in found["captions"]]}
 
 
 def compare(args, beams):
@@ -125,11 +118,14 @@ def compare(args, beams):
             ratio = "" if rounds is theirs else f" ({base / seconds:.2f}x)"
             row += f"{f'{seconds:.4f}{ratio}':>24}"
         print(row)
-    for label, key in (("loading", "loading_seconds"), ("peak GB", "peak")):
-        print(f"{label:18}" + "".join(f"{middle(rounds, lambda found: found[key]):>24.2f}" for rounds in sides.values()))
+    for label, key, unit in (("loading", "loading_seconds", 1), ("peak GB", "peak_bytes", 1e9)):
+        print(f"{label:18}" + "".join(f"{middle(rounds, lambda found: found[key]) / unit:>24.2f}" for rounds in sides.values()))
     fine, expected = True, theirs[0]["tokens"]
     for weights in args.weights:
         for found in sides[f"blip2 {weights}"]:
+            lengths = [len(tokens) for tokens in found["tokens"]]
+            if lengths != [args.max_new_tokens] * args.batch_size or lengths != [len(tokens) for tokens in expected]:
+                sys.exit(f"{weights}: captions of {lengths} tokens, asked for {args.batch_size} of {args.max_new_tokens}")
             pairs = [pair for ours, other in zip(found["tokens"], expected) for pair in zip(ours, other)]
             equal = sum(a == b for a, b in pairs)
             print(f"tokens of {weights}: {equal} of {len(pairs)} equal to PyTorch's")
@@ -152,15 +148,18 @@ def main():
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of both sides; logical cores unless given")
     parser.add_argument("--side", choices=["torch"], help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.max_new_tokens < 2:
+        parser.error("--max-new-tokens: at least 2, so that there are tokens behind the first")
     if args.side:
         return torch_side(args)
     args.folder = args.folder or os.path.join(tempfile.gettempdir(), f"blip2-vit-{args.vit}-{args.llm}")
-    if not os.path.exists(os.path.join(args.folder, "config.json")):
-        import full_size
-        full_size.make(args.folder, args.vit, args.llm)
+    # Written last.
+    if not os.path.exists(os.path.join(args.folder, "preprocessor_config.json")):
+        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "full_size.py")
+        subprocess.run([sys.executable, script, "--out", args.folder, "--vit", args.vit, "--llm", args.llm], check=True)
     fine = [compare(args, beams) for beams in args.beams]
     sys.exit(0 if all(fine) else 1)
 

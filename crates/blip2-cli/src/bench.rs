@@ -1,37 +1,44 @@
 //! `blip2 bench`: how long each part of a caption takes on this machine, beside what the machine could do.
 //!
-//! The floor of a part is the longer of two times: its arithmetic at the rate of a large matrix product, and its weights at
-//! the rate memory is read, both measured in the same run. What a part computes and reads is counted while it runs.
+//! The floor of a part is the longer of two times: its arithmetic at the rate of a large product with weights in the same
+//! format, and its weights and keys at the rate memory is read, both measured in the same run. What a part computes and
+//! reads is counted while it runs.
 
-use std::path::Path;
 use std::time::Instant;
 
-use anyhow::Context as _;
 use blip2::generate::{Beam, Hypothesis, Options, Strategy};
-use blip2::image::{self, Pixels, Rgb};
+use blip2::image::Rgb;
 use blip2::model::Captioner;
 use blip2_ops::{FrozenWeight, WeightFormat, Work, frozen_linear};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
 use crate::cli::{BenchArgs, Format, Global};
+use crate::pictures::{self, pixels};
 use crate::{Outcome, caption, memory, model, output};
 
 pub(crate) fn run(global: &Global, args: &BenchArgs) -> anyhow::Result<Outcome> {
     let opened = model::open(&global.model)?;
+    // A picture that can't be read shows before minutes are spent on the model.
+    let side = opened.manifest.vision.config.image_size;
+    args.image
+        .as_deref()
+        .map(|path| pictures::read_one(path, pixels(args.hf_pixels), side))
+        .transpose()?;
     let start = Instant::now();
     let captioner = model::captioner(global, &opened)?;
     let loading = start.elapsed().as_secs_f64();
-    let limits = Limits::measure()?;
-    let (parts, captions) = Bench::new(&captioner, args)?.parts()?;
+    let prompt = args.prompt.as_deref().unwrap_or_else(|| captioner.caption_prompt());
+    let (parts, captions) = Bench { captioner: &captioner, args, prompt, side }.parts()?;
     let report = Report {
         model: opened.manifest.name.clone(),
-        weights: global.weights.map_or("as stored", WeightFormat::as_str),
+        weights: global.weights.0.map_or("auto", WeightFormat::as_str),
         args,
         loading,
+        // Before memory is taken to measure the machine.
         peak_bytes: memory::peak(),
-        limits,
+        limits: Limits::measure(global.weights.0.unwrap_or(WeightFormat::F32))?,
         parts,
         captions,
     };
@@ -44,19 +51,19 @@ pub(crate) fn run(global: &Global, args: &BenchArgs) -> anyhow::Result<Outcome> 
 struct Limits {
     /// Operations a second, in a product large enough to keep every thread busy.
     flops: f64,
-    /// Bytes read a second, from more memory than any cache holds.
+    /// Bytes read a second, from more memory than most caches hold.
     bytes: f64,
 }
 
 impl Limits {
-    fn measure() -> anyhow::Result<Self> {
-        const TRIES: usize = 7;
+    fn measure(format: WeightFormat) -> anyhow::Result<Self> {
+        const TRIES: usize = 5;
         let (n, width, out) = (512, 1024, 4096);
-        let weight = Tensor::ones((out, width), candle_core::DType::F32, &Device::Cpu)?;
-        let weight = FrozenWeight::new(&weight, WeightFormat::F32)?;
-        let x = Tensor::ones((n, width), candle_core::DType::F32, &Device::Cpu)?;
+        let weight = Tensor::ones((out, width), DType::F32, &Device::Cpu)?;
+        let weight = FrozenWeight::new(&weight, format)?;
+        let x = Tensor::ones((n, width), DType::F32, &Device::Cpu)?;
         let product = best(TRIES, || Ok(frozen_linear(&x, &weight, None).map(drop)?))?;
-        let memory = vec![1u64; 32 << 20];
+        let memory = vec![1u64; 64 << 20];
         let reading = best(TRIES, || {
             let sums = memory.par_chunks(1 << 18).map(|part| part.iter().fold(0, |a, b| a ^ b));
             std::hint::black_box(sums.reduce(|| 0, |a, b| a ^ b));
@@ -94,24 +101,24 @@ struct Cost {
 }
 
 impl Cost {
-    /// The median time of `repeat` runs, behind one that only warms up, and what the last of them gave.
+    /// The median time of `repeat` runs, behind one that warms up and is counted, and what the last of them gave.
     fn of<T>(
         repeat: u16,
         mut work: impl FnMut() -> anyhow::Result<T>,
     ) -> anyhow::Result<(Self, T)> {
-        work()?;
         let before = Work::so_far();
         let mut result = work()?;
         let done = Work::so_far().since(before);
         let mut times = Vec::new();
         for _ in 0..repeat {
             let start = Instant::now();
-            result = work()?;
+            let latest = work()?;
             times.push(start.elapsed().as_secs_f64());
+            result = latest;
         }
-        times.sort_by(f64::total_cmp);
-        let seconds = times[times.len() / 2];
-        Ok((Self { seconds, flops: done.flops as f64, bytes: done.bytes as f64 }, result))
+        let cost =
+            Self { seconds: median(times), flops: done.flops as f64, bytes: done.bytes as f64 };
+        Ok((cost, result))
     }
 
     /// What each of `n` further steps took, if `self` did them and `less` did not.
@@ -125,6 +132,13 @@ impl Cost {
     }
 }
 
+/// The middle one, or the mean of the two in the middle.
+fn median(mut times: Vec<f64>) -> f64 {
+    times.sort_by(f64::total_cmp);
+    let (low, high) = ((times.len() - 1) / 2, times.len() / 2);
+    f64::midpoint(times[low], times[high])
+}
+
 /// A part of the way from a file to its caption.
 struct Part {
     name: &'static str,
@@ -136,28 +150,20 @@ struct Bench<'a> {
     captioner: &'a Captioner,
     args: &'a BenchArgs,
     prompt: &'a str,
+    side: usize,
 }
 
-impl<'a> Bench<'a> {
-    fn new(captioner: &'a Captioner, args: &'a BenchArgs) -> anyhow::Result<Self> {
-        let prompt = args.prompt.as_deref().unwrap_or_else(|| captioner.caption_prompt());
-        if let Some(path) = &args.image {
-            // Before minutes are spent on the model.
-            open(path, args.pixels(), captioner)?;
-        }
-        Ok(Self { captioner, args, prompt })
-    }
-
+impl Bench<'_> {
     /// Every part, and the captions of the last run.
     fn parts(&self) -> anyhow::Result<(Vec<Part>, Vec<Vec<Hypothesis>>)> {
         let Self { captioner, args, .. } = *self;
         let prompts = vec![self.prompt; args.batch_size.into()];
         let mut parts = Vec::new();
-        if let Some(path) = &args.image {
-            let (cost, _) = Cost::of(args.repeat, || open(path, args.pixels(), captioner))?;
+        let (cost, pixels) =
+            Cost::of(args.repeat, || Ok(captioner.vision().pixels(&self.pictures()?)?))?;
+        if args.image.is_some() {
             parts.push(Part { name: "decode + resize", cost });
         }
-        let pixels = captioner.vision().pixels(&self.pictures()?)?;
         let (cost, patches) =
             Cost::of(args.repeat, || Ok(captioner.vision().vit().forward(&pixels)?))?;
         parts.push(Part { name: "image encoder", cost });
@@ -187,10 +193,11 @@ impl<'a> Bench<'a> {
     fn pictures(&self) -> anyhow::Result<Vec<Rgb>> {
         let batch: usize = self.args.batch_size.into();
         if let Some(path) = &self.args.image {
-            let read = |_| open(path, self.args.pixels(), self.captioner);
+            let pixels = pixels(self.args.hf_pixels);
+            let read = |_| pictures::read_one(path, pixels, self.side);
             return (0..batch).into_par_iter().map(read).collect();
         }
-        let side = self.captioner.vision().config().image_size as u32;
+        let side = self.side as u32;
         let noise = |i: u32| (i.wrapping_mul(2_654_435_761) >> 24) as u8;
         let picture = |b: usize| Rgb {
             width: side,
@@ -213,13 +220,6 @@ impl<'a> Bench<'a> {
             ..Options::default()
         }
     }
-}
-
-/// A picture as the encoder sees it.
-fn open(path: &Path, pixels: Pixels, captioner: &Captioner) -> anyhow::Result<Rgb> {
-    let side = captioner.vision().config().image_size as u32;
-    let picture = image::open(path, pixels).with_context(|| "the picture to measure with")?;
-    Ok(picture.resize_bicubic(side, side))
 }
 
 /// What was found.
@@ -282,7 +282,7 @@ impl Report<'_> {
             ),
             format!("loaded in {:.1} s{peak}", self.loading),
             format!(
-                "{} computing {:.0} GFLOP/s in a large product, reading {:.1} GB/s\n",
+                "{}: {:.0} GFLOP/s in a large product, {:.1} GB/s read\n",
                 plural(rayon::current_num_threads() as u16, "thread"),
                 limits.flops / 1e9,
                 limits.bytes / 1e9
@@ -339,9 +339,9 @@ mod tests {
 
     #[test]
     fn the_cost_is_of_one_run() {
-        let weight = Tensor::ones((8, 4), candle_core::DType::F32, &Device::Cpu).unwrap();
+        let weight = Tensor::ones((8, 4), DType::F32, &Device::Cpu).unwrap();
         let weight = FrozenWeight::new(&weight, WeightFormat::F32).unwrap();
-        let x = Tensor::ones((3, 4), candle_core::DType::F32, &Device::Cpu).unwrap();
+        let x = Tensor::ones((3, 4), DType::F32, &Device::Cpu).unwrap();
         let (cost, y) = Cost::of(5, || Ok(frozen_linear(&x, &weight, None)?)).unwrap();
         // Other tests of this process may run at the same time and only add to it.
         assert!(cost.flops >= 2.0 * 3.0 * 4.0 * 8.0 && cost.bytes >= 128.0);

@@ -9,7 +9,6 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use blip2::hub::HubId;
-use blip2::image::Pixels;
 use blip2_ops::WeightFormat;
 use clap::builder::FalseyValueParser;
 use clap::error::ErrorKind;
@@ -38,6 +37,10 @@ impl Cli {
             Verb::Caption(args) => args.generate.check("caption", args.num_captions)?,
             Verb::Ask(args) => args.generate.check("ask", 1)?,
             Verb::Convert(args) => args.check()?,
+            Verb::Train(TrainArgs { with_changes: true, resume: false, .. }) => {
+                let reason = "--with-changes: what a run goes on with; give --resume, too";
+                return Err(wrong_usage("train", reason.into()));
+            }
             _ => {}
         }
         Ok(cli)
@@ -68,9 +71,16 @@ pub(crate) struct Global {
         value_name = "DIR|ORG/NAME|mini"
     )]
     pub(crate) model: String,
-    /// How frozen and served weights are kept in memory: f32, f16, q8_0, q4_k
-    #[arg(long, global = true, env = "BLIP2_WEIGHTS", value_name = "FORMAT")]
-    pub(crate) weights: Option<WeightFormat>,
+    /// How frozen and served weights are kept in memory: f32, f16, q8_0, q4_k; auto: in the smallest format in which none
+    /// changes its value, f16 and packed ones as they are, others in f32
+    #[arg(
+        long,
+        global = true,
+        env = "BLIP2_WEIGHTS",
+        value_name = "FORMAT",
+        default_value = "auto"
+    )]
+    pub(crate) weights: Weights,
     /// Threads for the arithmetic [default: all cores]
     #[arg(long, global = true, env = "BLIP2_THREADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) threads: Option<u16>,
@@ -80,6 +90,21 @@ pub(crate) struct Global {
     /// How results are written
     #[arg(long, global = true, env = "BLIP2_FORMAT", value_enum, default_value_t = Format::Text)]
     pub(crate) format: Format,
+}
+
+/// How weights are kept in memory: in this format, or each in one that changes no value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Weights(pub(crate) Option<WeightFormat>);
+
+impl FromStr for Weights {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "auto" => Ok(Self(None)),
+            _ => Ok(Self(Some(text.parse().map_err(|err: candle_core::Error| err.to_string())?))),
+        }
+    }
 }
 
 /// Where to compute.
@@ -309,15 +334,8 @@ pub(crate) struct BenchArgs {
     #[arg(long, env = "BLIP2_HF_PIXELS", value_parser = FalseyValueParser::new())]
     pub(crate) hf_pixels: bool,
     /// The same as --format jsonl
-    #[arg(long)]
+    #[arg(long, env = "BLIP2_JSON", value_parser = FalseyValueParser::new())]
     pub(crate) json: bool,
-}
-
-impl BenchArgs {
-    /// How the picture is read.
-    pub(crate) fn pixels(&self) -> Pixels {
-        if self.hf_pixels { Pixels::Hf } else { Pixels::Default }
-    }
 }
 
 #[derive(Debug, Args)]
@@ -572,6 +590,9 @@ pub(crate) struct TrainArgs {
     /// Go on from the newest valid checkpoint
     #[arg(long, env = "BLIP2_RESUME", value_parser = FalseyValueParser::new())]
     pub(crate) resume: bool,
+    /// Go on even if the recipe is no longer the one that the run began with: say, with another number of steps
+    #[arg(long, env = "BLIP2_WITH_CHANGES", value_parser = FalseyValueParser::new())]
+    pub(crate) with_changes: bool,
 }
 
 #[derive(Debug, Args)]
@@ -645,6 +666,9 @@ mod tests {
             "blip2 match a.png",
             "blip2 embed",
             "blip2 pull foo",
+            "blip2 train a.toml --with-changes",
+            "blip2 bench --max-new-tokens 0",
+            "blip2 caption a.png --weights q5",
             "blip2 data mini --tiny 8 --packages packages",
         ] {
             let err = read(line).unwrap_err();

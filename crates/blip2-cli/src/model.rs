@@ -37,8 +37,8 @@ pub(crate) fn open(name: &str) -> anyhow::Result<Model> {
 /// Loads what captions and answers.
 pub(crate) fn captioner(global: &Global, model: &Model) -> anyhow::Result<Captioner> {
     let mut bar = Progress::bytes();
-    let loaded =
-        model.captioner(global.weights, &mut |name, done, total| bar.update(name, done, total))?;
+    let loaded = model
+        .captioner(global.weights.0, &mut |name, done, total| bar.update(name, done, total))?;
     memory::keep();
     Ok(loaded)
 }
@@ -47,7 +47,7 @@ pub(crate) fn captioner(global: &Global, model: &Model) -> anyhow::Result<Captio
 pub(crate) fn matcher(global: &Global, model: &Model) -> anyhow::Result<Matcher> {
     let mut bar = Progress::bytes();
     let loaded =
-        model.matcher(global.weights, &mut |name, done, total| bar.update(name, done, total))?;
+        model.matcher(global.weights.0, &mut |name, done, total| bar.update(name, done, total))?;
     memory::keep();
     Ok(loaded)
 }

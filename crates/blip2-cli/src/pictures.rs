@@ -7,6 +7,7 @@
 use std::collections::HashSet;
 use std::fs::DirEntry;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, sync_channel};
 
 use blip2::image::{self, Pixels, Rgb};
 use blip2::{Error, Result};
@@ -77,7 +78,8 @@ impl Found {
     }
 
     /// Reads the pictures batch by batch, resized to `side` × `side` pixels, and hands the good ones to `work`, which
-    /// gives the rows of each. Rows and failures are written in the order of the pictures.
+    /// gives the rows of each. Rows and failures are written in the order of the pictures. The next batch is read while
+    /// one is worked on: disks and decoders need not wait for the model, nor it for them.
     pub(crate) fn for_each_batch(
         &self,
         args: &PictureArgs,
@@ -85,29 +87,66 @@ impl Found {
         format: Format,
         mut work: impl FnMut(&[&Path], &[Rgb]) -> anyhow::Result<Vec<Vec<Row>>>,
     ) -> anyhow::Result<Outcome> {
-        let pixels = if args.hf_pixels { Pixels::Hf } else { Pixels::Default };
-        let mut outcome = Outcome::AllFine;
-        for batch in self.0.chunks(args.batch_size.into()) {
-            let read: Vec<_> =
-                batch.par_iter().map(|each| read(each, pixels, side as u32)).collect();
-            let (mut paths, mut pictures, mut failures) = (Vec::new(), Vec::new(), Vec::new());
-            for each in read {
-                match each {
-                    Ok((path, picture)) => {
-                        paths.push(path);
-                        pictures.push(picture);
-                        failures.push(None);
+        let pixels = pixels(args.hf_pixels);
+        // No room: a batch is handed over when the one before is done, so that one at a time is read ahead.
+        let (ahead, batches) = sync_channel(0);
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                for batch in self.0.chunks(args.batch_size.into()) {
+                    let read: Vec<_> =
+                        batch.par_iter().map(|each| read(each, pixels, side as u32)).collect();
+                    // Nobody listens any more when `work` has failed.
+                    if ahead.send(read).is_err() {
+                        return;
                     }
-                    Err(bad) => failures.push(Some(bad)),
                 }
-            }
-            let rows = if paths.is_empty() { Vec::new() } else { work(&paths, &pictures)? };
-            if write(failures, rows, format)? > 0 {
-                outcome = Outcome::SomeFailed;
+            });
+            each_batch(batches, format, &mut work)
+        })
+    }
+}
+
+/// How pictures are read, by the flag --hf-pixels.
+pub(crate) fn pixels(hf_pixels: bool) -> Pixels {
+    if hf_pixels { Pixels::Hf } else { Pixels::Default }
+}
+
+/// Reads one picture, resized to `side` × `side` pixels.
+pub(crate) fn read_one(path: &Path, pixels: Pixels, side: usize) -> anyhow::Result<Rgb> {
+    match read(&Ok(path.to_path_buf()), pixels, side as u32) {
+        Ok((_, picture)) => Ok(picture),
+        Err(bad) => anyhow::bail!(bad.reason),
+    }
+}
+
+/// A picture that was read, or why it was not.
+type Read<'a> = std::result::Result<(&'a Path, Rgb), Bad>;
+
+/// Works on batches as they come.
+fn each_batch(
+    batches: Receiver<Vec<Read<'_>>>,
+    format: Format,
+    work: &mut dyn FnMut(&[&Path], &[Rgb]) -> anyhow::Result<Vec<Vec<Row>>>,
+) -> anyhow::Result<Outcome> {
+    let mut outcome = Outcome::AllFine;
+    for read in batches {
+        let (mut paths, mut pictures, mut failures) = (Vec::new(), Vec::new(), Vec::new());
+        for each in read {
+            match each {
+                Ok((path, picture)) => {
+                    paths.push(path);
+                    pictures.push(picture);
+                    failures.push(None);
+                }
+                Err(bad) => failures.push(Some(bad)),
             }
         }
-        Ok(outcome)
+        let rows = if paths.is_empty() { Vec::new() } else { work(&paths, &pictures)? };
+        if write(failures, rows, format)? > 0 {
+            outcome = Outcome::SomeFailed;
+        }
     }
+    Ok(outcome)
 }
 
 /// Writes a batch in its order: for each picture its failure, or else the next of `rows`. Returns the number of failures.

@@ -37,7 +37,11 @@ pub(crate) fn run(global: &Global, args: &TrainArgs) -> anyhow::Result<Outcome> 
     let (mut downloads, mut pictures) = (Progress::bytes(), Progress::pictures());
     let mut session = Session {
         dir: &dir,
-        resume: if args.resume { Resume::Yes } else { Resume::No },
+        resume: match (args.resume, args.with_changes) {
+            (false, _) => Resume::No,
+            (true, false) => Resume::Yes,
+            (true, true) => Resume::WithChanges,
+        },
         stop: &stop,
         download: &mut |name, done, total| downloads.update(name, done, total),
         encoding: &mut |done, total| {
@@ -190,6 +194,7 @@ mod tests {
             out: None,
             dry_run: false,
             resume: false,
+            with_changes: false,
         };
         assert_eq!(resume_command(&args), "blip2 train recipes/tiny_cpu.toml --resume");
         args.out = Some("my runs/a".into());

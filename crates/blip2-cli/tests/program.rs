@@ -201,6 +201,7 @@ fn a_tiny_model_serves_every_verb() {
     asks(&world);
     matches(&world);
     embeds(&world);
+    measures_itself(&world);
     inspects(&world);
     converts(&world);
     changes_its_layout(&world);
@@ -392,6 +393,34 @@ fn embeds(world: &World) {
     let cut = embed(23);
     assert!(cut.err.contains("has 25 tokens and the model reads 24"), "{}", cut.err);
     assert_eq!(cut.rows()[0]["embedding"], fits.rows()[0]["embedding"]);
+}
+
+fn measures_itself(world: &World) {
+    let line = "bench nested/a/one.png --num-beams 2 --max-new-tokens 3 --batch-size 2 --repeat 1";
+    let rows = world.run(&format!("{line} --json")).exits(0).rows();
+    assert_eq!(rows.len(), 1);
+    let parts = rows[0]["parts"].as_array().unwrap();
+    let names: Vec<&str> = parts.iter().map(|part| part["part"].as_str().unwrap()).collect();
+    let (first, rest) = names.split_first().unwrap();
+    assert_eq!(*first, "decode + resize");
+    let models = ["image encoder", "q-former", "prefill", "decode, a token", "whole caption"];
+    assert_eq!(rest, models);
+    for part in &parts[1..] {
+        assert!(part["flops"].as_f64().unwrap() > 0.0, "{part}");
+        assert!(part["bytes"].as_f64().unwrap() > 0.0, "{part}");
+    }
+    // Exactly so many tokens, and those of the same search by `caption`.
+    let line = "caption nested/a/one.png --num-beams 2 --format jsonl";
+    let captions =
+        world.run(&format!("{line} --max-new-tokens 3 --min-new-tokens 3")).exits(0).rows();
+    for caption in rows[0]["captions"].as_array().unwrap() {
+        assert_eq!(caption["tokens"], captions[0]["captions"][0]["tokens"]);
+    }
+    let text = world.run("bench --max-new-tokens 1 --repeat 1").exits(0).out;
+    assert!(text.starts_with("tiny_cpu, ") && !text.contains("decode"), "{text}");
+    assert!(text.ends_with("pictures a second\n"), "{text}");
+    let gone = world.run("bench gone.png").exits(1);
+    assert!(gone.err.contains("gone.png"), "{}", gone.err);
 }
 
 fn inspects(world: &World) {

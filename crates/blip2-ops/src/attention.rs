@@ -41,7 +41,7 @@ pub fn attention(
 ) -> Result<Tensor> {
     host::check(NAME, &[q, k, v])?;
     let dims = Dims::new(q, k, v, heads)?;
-    let bias = bias.map(|bias| Bias::new(bias, &dims)).transpose()?;
+    let bias = bias.map(|bias| Bias::new(NAME, bias, &dims)).transpose()?;
     if let Some(key) = dropout {
         key.check(NAME)?;
     }
@@ -67,20 +67,20 @@ impl Dims {
         let &[b, tk, width] = k.dims() else {
             bail!("{NAME}: q {:?} and k {:?} must be (b, t, heads*d)", q.shape(), k.shape());
         };
-        Self::of(q.dims(), [b, tk, width], heads)
+        Self::of(NAME, q.dims(), [b, tk, width], heads)
     }
 
     /// Of queries (b, tq, heads*d) and keys (b, tk, kv_heads*d).
-    pub(crate) fn of(q: &[usize], k: [usize; 3], heads: Heads) -> Result<Self> {
+    pub(crate) fn of(op: &str, q: &[usize], k: [usize; 3], heads: Heads) -> Result<Self> {
         let Heads { heads: h, kv_heads: kv, .. } = heads;
         let (&[b, tq, wq], [bk, tk, wk]) = (q, k) else {
-            bail!("{NAME}: q {q:?} and k {k:?} must be (b, t, heads*d)");
+            bail!("{op}: q {q:?} and k {k:?} must be (b, t, heads*d)");
         };
         if h == 0 || kv == 0 || h % kv != 0 || wq % h != 0 {
-            bail!("{NAME}: {h} heads with {kv} key heads do not divide q {q:?}");
+            bail!("{op}: {h} heads with {kv} key heads do not divide q {q:?}");
         }
         if b != bk || wk != wq / h * kv {
-            bail!("{NAME}: q {q:?} with {h} heads and k {k:?} with {kv} do not fit");
+            bail!("{op}: q {q:?} with {h} heads and k {k:?} with {kv} do not fit");
         }
         Ok(Self { b, tq, tk, h, kv, d: wq / h })
     }
@@ -103,14 +103,14 @@ pub(crate) struct Bias {
 }
 
 impl Bias {
-    pub(crate) fn new(bias: &Tensor, dims: &Dims) -> Result<Self> {
-        host::check(NAME, &[bias])?;
+    pub(crate) fn new(op: &str, bias: &Tensor, dims: &Dims) -> Result<Self> {
+        host::check(op, &[bias])?;
         let full = [dims.b, dims.h, dims.tq, dims.tk];
         let own = bias.dims();
         let fits = own.len() <= 4
             && own.iter().rev().zip(full.iter().rev()).all(|(&own, &full)| own == 1 || own == full);
         if !fits {
-            bail!("{NAME}: bias {:?} does not broadcast to {full:?}", bias.shape());
+            bail!("{op}: bias {:?} does not broadcast to {full:?}", bias.shape());
         }
         let mut strides = [0; 4];
         let mut step = 1;

@@ -48,7 +48,10 @@ pub fn cached_attention(
     heads: Heads,
 ) -> Result<Tensor> {
     let dims = check(q, segments, heads)?;
-    let bias = bias.map(|bias| Bias::new(bias, &dims)).transpose()?;
+    let bias = bias.map(|bias| Bias::new(NAME, bias, &dims)).transpose()?;
+    if q.elem_count() == 0 {
+        return Ok(q.clone());
+    }
     let q_host = Host::new(NAME, q)?;
     let pieces = segments
         .iter()
@@ -68,7 +71,8 @@ pub fn cached_attention(
     let mut y = vec![0f32; q.elem_count()];
     let products = dims.b * dims.h * dims.tk * dims.d;
     work::product(2 * dims.b * dims.h, dims.tk, dims.d);
-    work::read(8 * products / dims.group());
+    // What several rows point to is read from memory once.
+    work::read(pieces.iter().map(|piece| size_of_val(&*piece.k) + size_of_val(&*piece.v)).sum());
     let heads = y.chunks_exact_mut(dims.d).enumerate();
     if products < PARALLEL_FROM {
         let mut scores = vec![0f32; dims.tk];
@@ -112,7 +116,7 @@ fn check(q: &Tensor, segments: &[Segment], heads: Heads) -> Result<Dims> {
     if one != 1 {
         bail!("{NAME}: q {:?} has more than one position a row", q.shape());
     }
-    Dims::of(q.dims(), [b, positions, first.k.dim(2)?], heads)
+    Dims::of(NAME, q.dims(), [b, positions, first.k.dim(2)?], heads)
 }
 
 /// One call, borrowed.

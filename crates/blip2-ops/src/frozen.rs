@@ -57,6 +57,12 @@ impl WeightFormat {
         }
     }
 
+    /// The smallest format in which no weight of this type, of at most 32 bits, changes its value.
+    #[must_use]
+    pub fn exact(dtype: DType) -> Self {
+        if dtype == DType::F16 { Self::F16 } else { Self::F32 }
+    }
+
     /// The format used for rows of `width` weights: quantised blocks must divide a row, so Q4_K
     /// falls back to Q8_0 and that to F16.
     pub fn for_width(self, width: usize) -> Self {
@@ -181,14 +187,7 @@ impl FrozenWeight {
     /// The format in memory: `f32`, `f16`, `q8_0`, `q4_k`, or another GGUF name in lower case.
     pub fn format_name(&self) -> &'static str {
         match &self.0.store {
-            Store::Panels(panels) => match panels.int_kind() {
-                None if panels.is_f16() => "f16",
-                None => "f32",
-                Some(IntKind::Q8_0) => "q8_0",
-                Some(IntKind::Q4_0) => "q4_0",
-                Some(IntKind::Q4_1) => "q4_1",
-                Some(IntKind::Q4K) => "q4_k",
-            },
+            Store::Panels(panels) => panels.name(),
             Store::Blocks(q) => match q.dtype() {
                 GgmlDType::F32 => "f32",
                 GgmlDType::F16 => "f16",
@@ -209,7 +208,7 @@ impl FrozenWeight {
         }
     }
 
-    /// Bytes of memory the weights take.
+    /// Bytes of memory the weights take, without the padding of the last 32 rows.
     pub fn bytes(&self) -> usize {
         match &self.0.store {
             Store::Panels(panels) => panels.bytes(),
@@ -233,11 +232,9 @@ impl FrozenWeight {
         }
         let reader = Reader::new(self)?;
         let mut all = vec![0f32; ids.len() * width];
-        if !all.is_empty() {
-            for (row, &id) in all.chunks_exact_mut(*width).zip(ids) {
-                reader.row(id as usize, row);
-            }
-        }
+        host::for_pieces(&mut all, *width, |start, row| {
+            reader.row(ids[start / width] as usize, row);
+        });
         host::tensor(all, (ids.len(), *width))
     }
 }
@@ -273,25 +270,28 @@ fn slice<'a, T: WithDType>(storage: &'a Storage, layout: &Layout) -> Result<&'a 
     Ok(&storage.as_slice::<T>()?[start..end])
 }
 
-/// Whether every number of `tensor`, of type f32, f16 or bf16 on the CPU, is finite.
+/// Whether every number of `tensor`, of a float type on the CPU, is finite.
 ///
 /// # Errors
 /// If it is of another type.
 pub fn is_finite(tensor: &Tensor) -> Result<bool> {
-    const PIECE: usize = 1 << 16;
-    let tensor = tensor.contiguous()?;
+    let tensor = match tensor.dtype() {
+        DType::F32 | DType::F16 | DType::BF16 => tensor.contiguous()?,
+        dtype if dtype.is_float() => tensor.to_dtype(DType::F32)?.contiguous()?,
+        dtype => bail!("is_finite: {dtype:?} is not a float type"),
+    };
     let (storage, layout) = tensor.storage_and_layout();
     Ok(match tensor.dtype() {
-        DType::F16 => slice::<f16>(&storage, &layout)?
-            .par_chunks(PIECE)
-            .all(|part| part.iter().fold(true, |fine, x| fine & x.is_finite())),
-        DType::BF16 => slice::<bf16>(&storage, &layout)?
-            .par_chunks(PIECE)
-            .all(|part| part.iter().fold(true, |fine, x| fine & x.is_finite())),
-        _ => slice::<f32>(&storage, &layout)?
-            .par_chunks(PIECE)
-            .all(|part| part.iter().fold(true, |fine, x| fine & x.is_finite())),
+        DType::F16 => all(slice::<f16>(&storage, &layout)?, |x| x.is_finite()),
+        DType::BF16 => all(slice::<bf16>(&storage, &layout)?, |x| x.is_finite()),
+        _ => all(slice::<f32>(&storage, &layout)?, |x| x.is_finite()),
     })
+}
+
+/// Whether all `numbers` are `fine`. Each piece is read to its end: a loop without exits is vectorised.
+fn all<T: Copy + Sync>(numbers: &[T], fine: impl Fn(T) -> bool + Sync) -> bool {
+    const PIECE: usize = 1 << 16;
+    numbers.par_chunks(PIECE).all(|part| part.iter().fold(true, |all, x| all & fine(*x)))
 }
 
 /// Quantises row by row, 32 rows at a time: no copy of the whole in f32 is made.

@@ -3,8 +3,8 @@
 //!
 //! Candle's own layers are either forward-only (gradients stop without a word) or compute gradients
 //! of frozen weights. Here every op is a candle custom op with a hand-written backward pass, f32 on
-//! the CPU; products of trained weights are faer's, those of frozen ones our own. In a backward pass the gradient of an argument is computed
-//! only if that argument is tracked.
+//! the CPU; products with trained weights are faer's, those with frozen ones our own. In a backward
+//! pass the gradient of an argument is computed only if that argument is tracked.
 //!
 //! | file | what it holds |
 //! |---|---|

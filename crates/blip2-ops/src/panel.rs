@@ -230,27 +230,38 @@ impl Panels {
         self.out * row
     }
 
-    /// What weights are kept in; None for f32 and f16, see [`Self::is_f16`].
-    pub(crate) fn int_kind(&self) -> Option<IntKind> {
+    /// What weights are kept in, by its GGUF name.
+    pub(crate) fn name(&self) -> &'static str {
         match &self.store {
-            Store::Ints(kind, _) => Some(*kind),
-            _ => None,
+            Store::F32(_) => "f32",
+            Store::F16(_) => "f16",
+            Store::Ints(IntKind::Q8_0, _) => "q8_0",
+            Store::Ints(IntKind::Q4_0, _) => "q4_0",
+            Store::Ints(IntKind::Q4_1, _) => "q4_1",
+            Store::Ints(IntKind::Q4K, _) => "q4_k",
         }
-    }
-
-    /// Whether weights are halves.
-    pub(crate) fn is_f16(&self) -> bool {
-        matches!(self.store, Store::F16(_))
     }
 
     /// Row `row` in f32: `width` numbers.
     pub(crate) fn row(&self, row: usize, out: &mut [f32]) {
-        let (panel, c) = (row / COLUMNS, row % COLUMNS);
-        self.for_each_k(panel, |k, weights| {
-            for (out, weights) in out[k..].iter_mut().zip(weights) {
-                *out = weights[c];
+        let (panel, c, width) = (row / COLUMNS, row % COLUMNS, self.width);
+        match &self.store {
+            Store::F32(rows) => {
+                for (out, weights) in out.iter_mut().zip(&rows[panel * width..]) {
+                    *out = weights[c];
+                }
             }
-        });
+            Store::F16(rows) => {
+                for (out, weights) in out.iter_mut().zip(&rows[panel * width..]) {
+                    *out = half_to_f32(weights[c]);
+                }
+            }
+            Store::Ints(..) => self.for_each_k(panel, |k, weights| {
+                for (out, weights) in out[k..].iter_mut().zip(weights) {
+                    *out = weights[c];
+                }
+            }),
+        }
     }
 
     /// The rows of `panel` in f32, one after the other, as many as `out` has room for.
@@ -511,34 +522,24 @@ impl QuantisedRows {
         let mut pairs = vec![0i32; n * width / 2];
         let mut scales = vec![0f32; n * width / BLOCK];
         let mut sums = scales.clone();
-        let places = cut(&mut pairs, &chunks, &tiles, 2)
-            .into_iter()
-            .zip(cut(&mut scales, &chunks, &tiles, BLOCK))
-            .zip(cut(&mut sums, &chunks, &tiles, BLOCK));
-        let tasks = chunks.iter().flat_map(|k| tiles.iter().map(move |rows| (k, rows)));
-        let tasks: Vec<_> = places.zip(tasks).collect();
-        let fill = |(((pairs, scales), sums), (k, rows)): Task<'_>| {
-            let count = rows.len();
-            for (r, row) in rows.clone().enumerate() {
-                let blocks = x[row * width..][k.clone()].as_chunks::<BLOCK>().0;
-                for (b, block) in blocks.iter().enumerate() {
-                    let quantised = simd(
-                        #[inline(always)]
-                        |_| Quantised::new(block),
-                    );
-                    let out = pairs[b * PAIRS * count..].iter_mut().skip(r).step_by(count);
-                    for (out, pair) in out.zip(&quantised.pairs) {
-                        *out = *pair;
-                    }
-                    scales[b * count + r] = quantised.scale;
-                    sums[b * count + r] = quantised.sum;
-                }
+        let mut places = cut(&mut pairs, &chunks, &tiles, 2).into_iter();
+        let mut scale_places = cut(&mut scales, &chunks, &tiles, BLOCK).into_iter();
+        let mut sum_places = cut(&mut sums, &chunks, &tiles, BLOCK).into_iter();
+        let mut tasks = Vec::with_capacity(chunks.len() * tiles.len());
+        for k in &chunks {
+            for rows in &tiles {
+                let (Some(pairs), Some(scales), Some(sums)) =
+                    (places.next(), scale_places.next(), sum_places.next())
+                else {
+                    unreachable!("a place for every chunk and tile")
+                };
+                tasks.push(Quantising { pairs, scales, sums, k: k.clone(), rows: rows.clone() });
             }
-        };
+        }
         if x.len() < host::GRAIN {
-            tasks.into_iter().for_each(fill);
+            tasks.into_iter().for_each(|task| task.run(x, width));
         } else {
-            tasks.into_par_iter().for_each(fill);
+            tasks.into_par_iter().for_each(|task| task.run(x, width));
         }
         Self { pairs, scales, sums, n, chunks, tiles }
     }
@@ -576,22 +577,52 @@ impl QuantisedRows {
 /// The product of a few rows without unpacking first, where there is a kernel for it; false where there is none.
 fn straight(isa: Isa, kind: IntKind, x: IntRows<'_>, units: &[Unit], out: &mut [Row]) -> bool {
     match kind {
-        IntKind::Q8_0 => tile::ints_of_bytes(isa, x, units, out),
-        IntKind::Q4K => {
+        IntKind::Q8_0 if tile::reads_packed(isa, out.len()) => {
+            tile::ints_of_bytes(isa, x, units, out);
+            true
+        }
+        IntKind::Q4K if tile::reads_packed(isa, out.len()) => {
             let mut scales = [[[0.0; COLUMNS]; 2]; 8];
             isa.compile(
                 #[inline(always)]
                 || q4_k_scales(units, &mut scales),
             );
-            tile::ints_of_nibbles(isa, x, &units[8..], &scales, out)
+            tile::ints_of_nibbles(isa, x, &units[8..], &scales, out);
+            true
         }
-        IntKind::Q4_0 | IntKind::Q4_1 => false,
+        _ => false,
     }
 }
 
-/// Where a chunk and a tile of [`QuantisedRows`] go, and which they are.
-type Task<'a> =
-    (((&'a mut [i32], &'a mut [f32]), &'a mut [f32]), (&'a Range<usize>, &'a Range<usize>));
+/// A chunk and a tile to quantise, and where to.
+struct Quantising<'a> {
+    pairs: &'a mut [i32],
+    scales: &'a mut [f32],
+    sums: &'a mut [f32],
+    k: Range<usize>,
+    rows: Range<usize>,
+}
+
+impl Quantising<'_> {
+    fn run(self, x: &[f32], width: usize) {
+        let count = self.rows.len();
+        for (r, row) in self.rows.enumerate() {
+            let blocks = x[row * width..][self.k.clone()].as_chunks::<BLOCK>().0;
+            for (b, block) in blocks.iter().enumerate() {
+                let quantised = simd(
+                    #[inline(always)]
+                    |_| Quantised::new(block),
+                );
+                let out = self.pairs[b * PAIRS * count..].iter_mut().skip(r).step_by(count);
+                for (out, pair) in out.zip(&quantised.pairs) {
+                    *out = *pair;
+                }
+                self.scales[b * count + r] = quantised.scale;
+                self.sums[b * count + r] = quantised.sum;
+            }
+        }
+    }
+}
 
 /// A block of x as integers.
 struct Quantised {
@@ -739,7 +770,7 @@ mod tests {
                 let bias = numbers(4, panels.out);
                 let y = panels.product(&x, n, Some(&bias));
                 for isa in Isa::available() {
-                    let name = format!("{:?} {isa:?}, {n} rows", panels.int_kind());
+                    let name = format!("{} {isa:?}, {n} rows", panels.name());
                     same_bits(&name, &y, &panels.product_by(isa, &x, n, Some(&bias)));
                 }
             }
@@ -754,7 +785,7 @@ mod tests {
             let all = panels.product(&x, n, None);
             for (i, y) in all.chunks_exact(panels.out).enumerate().step_by(17) {
                 let alone = panels.product(&x[i * panels.width..][..panels.width], 1, None);
-                same_bits(&format!("{:?}, row {i}", panels.int_kind()), y, &alone);
+                same_bits(&format!("{}, row {i}", panels.name()), y, &alone);
             }
         }
     }
@@ -776,7 +807,7 @@ mod tests {
                     let terms = x.iter().zip(&row).map(|(x, w)| f64::from(*x) * f64::from(*w));
                     let size: f64 = terms.clone().map(f64::abs).sum();
                     let error = (f64::from(y[i * out + o]) - terms.sum::<f64>()).abs();
-                    assert!(error < 1e-5 * size, "{:?}: {error} of {size}", panels.int_kind());
+                    assert!(error < 1e-5 * size, "{}: {error} of {size}", panels.name());
                 }
             }
         }
@@ -791,7 +822,7 @@ mod tests {
                 let y = panels.product(&x, 3, None);
                 let finite: Vec<bool> =
                     y.chunks_exact(panels.out).map(|y| y.iter().all(|y| y.is_finite())).collect();
-                assert_eq!(finite, [true, false, true], "{:?} {bad}", panels.int_kind());
+                assert_eq!(finite, [true, false, true], "{} {bad}", panels.name());
                 assert!(y[panels.out..2 * panels.out].iter().all(|y| !y.is_finite()));
             }
         }

@@ -3,8 +3,8 @@
 //! One kernel for floats (weights f32 or f16), one for integers (quantised weights, x as 16-bit integers with a scale per
 //! block), each written for AVX-512, for AVX2 and in plain Rust. **All give the same bits**: an output is a sum over k in
 //! one fixed order, floats by fused multiply-add, integers exactly, whatever the vector width, the number of rows that
-//! are computed together and the number of threads. So a text depends neither on the machine nor on its neighbours in a
-//! batch. (Only machines that can't multiply and add in one instruction round twice.)
+//! are computed together and the number of threads. (Only machines that can't multiply and add in one instruction round
+//! twice.)
 //!
 //! Letters: R rows of x in a tile, k positions along the inner dimension.
 
@@ -25,9 +25,14 @@ pub(crate) type Unit = [u8; 2 * COLUMNS];
 /// One result of each column.
 pub(crate) type Row = [f32; COLUMNS];
 
-/// A set of instructions that kernels are written for.
+/// A set of instructions that kernels are written for, and that this machine has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Isa {
+pub(crate) struct Isa(Set);
+
+/// Only [`Isa::available`] makes an [`Isa`] of one: it has asked the processor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "other processors have none"))]
+enum Set {
     /// AVX-512 F, BW and VNNI.
     Avx512,
     /// AVX2, FMA and F16C.
@@ -52,27 +57,27 @@ impl Isa {
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512vnni")
             {
-                found.push(Self::Avx512);
+                found.push(Self(Set::Avx512));
             }
             if is_x86_feature_detected!("avx2")
                 && is_x86_feature_detected!("fma")
                 && is_x86_feature_detected!("f16c")
             {
-                found.push(Self::Avx2);
+                found.push(Self(Set::Avx2));
             }
         }
-        found.push(Self::Portable);
+        found.push(Self(Set::Portable));
         found
     }
 
     /// Runs `f`, which is plain Rust, compiled for these instructions (it must be `#[inline(always)]`).
     #[inline(always)]
     pub(crate) fn compile(self, f: impl FnOnce()) {
-        match self {
+        match self.0 {
             // SAFETY: `available` has asked the processor for these instructions.
             #[cfg(target_arch = "x86_64")]
             #[expect(unsafe_code, reason = "instructions chosen at run time")]
-            Self::Avx512 => unsafe { x86::compile_avx512(f) },
+            Set::Avx512 => unsafe { x86::compile_avx512(f) },
             _ => simd(
                 #[inline(always)]
                 |_| f(),
@@ -82,18 +87,18 @@ impl Isa {
 
     /// Most rows of a tile of floats: as many sums as registers hold.
     pub(crate) fn float_rows(self) -> usize {
-        match self {
-            Self::Avx512 => 14,
-            Self::Avx2 => 6,
-            Self::Portable => 4,
+        match self.0 {
+            Set::Avx512 => 14,
+            Set::Avx2 => 6,
+            Set::Portable => 4,
         }
     }
 
     /// Most rows of a tile of integers, which has two sums for each result.
     pub(crate) fn int_rows(self) -> usize {
-        match self {
-            Self::Avx512 => 6,
-            Self::Avx2 | Self::Portable => 2,
+        match self.0 {
+            Set::Avx512 => 6,
+            Set::Avx2 | Set::Portable => 2,
         }
     }
 }
@@ -123,15 +128,15 @@ impl Ints {
 
 /// `out (R, 32) += a (k, R) · w (k, 32)`; `a` lies k by k. At most [`Isa::float_rows`] rows.
 pub(crate) fn floats(isa: Isa, a: &[f32], w: Floats<'_>, out: &mut [Row]) {
-    match isa {
+    match isa.0 {
         // SAFETY: `available` has asked the processor for these instructions.
         #[cfg(target_arch = "x86_64")]
         #[expect(unsafe_code, reason = "instructions chosen at run time")]
-        Isa::Avx512 => unsafe { x86::floats_avx512(a, w, out) },
+        Set::Avx512 => unsafe { x86::floats_avx512(a, w, out) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         #[expect(unsafe_code, reason = "instructions chosen at run time")]
-        Isa::Avx2 => unsafe { x86::floats_avx2(a, w, out) },
+        Set::Avx2 => unsafe { x86::floats_avx2(a, w, out) },
         _ => portable::floats(a, w, out),
     }
 }
@@ -149,31 +154,38 @@ pub(crate) struct IntRows<'a> {
 
 /// `out (R, 32) += x · w` block after block. At most [`Isa::int_rows`] rows. `offsets`: whether weights have any.
 pub(crate) fn ints(isa: Isa, x: IntRows<'_>, w: &[Ints], offsets: bool, out: &mut [Row]) {
-    match isa {
+    match isa.0 {
         // SAFETY: `available` has asked the processor for these instructions.
         #[cfg(target_arch = "x86_64")]
         #[expect(unsafe_code, reason = "instructions chosen at run time")]
-        Isa::Avx512 => unsafe { x86::ints_avx512(x, w, offsets, out) },
+        Set::Avx512 => unsafe { x86::ints_avx512(x, w, offsets, out) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         #[expect(unsafe_code, reason = "instructions chosen at run time")]
-        Isa::Avx2 => unsafe { x86::ints_avx2(x, w, offsets, out) },
+        Set::Avx2 => unsafe { x86::ints_avx2(x, w, offsets, out) },
         _ => portable::ints(x, w, offsets, out),
     }
 }
 
-/// [`ints`] for a few rows, straight from the bytes of 8-bit blocks (two of scale, 32 integers): with so little to
-/// compute, unpacking to memory first would cost more than reading. False where there is no such kernel.
-pub(crate) fn ints_of_bytes(isa: Isa, x: IntRows<'_>, units: &[Unit], out: &mut [Row]) -> bool {
-    match isa {
+/// Whether there are kernels that read packed integers: for so few rows that unpacking to memory first would cost more than
+/// the products.
+pub(crate) fn reads_packed(isa: Isa, rows: usize) -> bool {
+    isa.0 == Set::Avx512 && rows <= isa.int_rows()
+}
+
+/// [`ints`] straight from the bytes of 8-bit blocks (two of scale, 32 integers), where [`reads_packed`] allows it.
+pub(crate) fn ints_of_bytes(isa: Isa, x: IntRows<'_>, units: &[Unit], out: &mut [Row]) {
+    match isa.0 {
         // SAFETY: `available` has asked the processor for these instructions.
         #[cfg(target_arch = "x86_64")]
         #[expect(unsafe_code, reason = "instructions chosen at run time")]
-        Isa::Avx512 if out.len() <= isa.int_rows() => unsafe { x86::bytes_avx512(x, units, out) },
-        _ => return false,
+        Set::Avx512 => unsafe { x86::bytes_avx512(x, units, out) },
+        set => unreachable!(
+            "{set:?} reads no packed bytes: {} {}",
+            x.pairs.len(),
+            units.len() + out.len()
+        ),
     }
-    #[cfg(target_arch = "x86_64")]
-    true
 }
 
 /// [`ints_of_bytes`] for pairs of blocks whose integers are the lower and the upper halves of the same 16 units, with the
@@ -184,26 +196,28 @@ pub(crate) fn ints_of_nibbles(
     units: &[Unit],
     scales: &[[Row; 2]],
     out: &mut [Row],
-) -> bool {
-    match isa {
+) {
+    match isa.0 {
         // SAFETY: `available` has asked the processor for these instructions.
         #[cfg(target_arch = "x86_64")]
         #[expect(unsafe_code, reason = "instructions chosen at run time")]
-        Isa::Avx512 if out.len() <= isa.int_rows() => unsafe {
-            x86::nibbles_avx512(x, units, scales, out);
-        },
-        _ => return false,
+        Set::Avx512 => unsafe { x86::nibbles_avx512(x, units, scales, out) },
+        set => unreachable!(
+            "{set:?} reads no packed nibbles: {} {}",
+            x.pairs.len() + scales.len(),
+            units.len() + out.len()
+        ),
     }
-    #[cfg(target_arch = "x86_64")]
-    true
 }
 
 /// Calls the kernel of so many rows: each has its sums in registers, so the number is part of the code.
+#[cfg(target_arch = "x86_64")]
 macro_rules! by_rows {
     ($rows:expr, $kernel:ident $args:tt; $($n:literal)*) => {
         match $rows {
+            0 => {}
             $($n => $kernel::<$n> $args,)*
-            rows => debug_assert!(rows == 0, "a tile of {rows} rows"),
+            rows => unreachable!("a tile of {rows} rows"),
         }
     };
 }
@@ -520,7 +534,7 @@ mod x86 {
         }
     }
 
-    /// Adds a block's integer sums to the results: scaled, and the offset of each column times the sum of x.
+    /// A block's integer sums, scaled by weight and by x, added to the results.
     #[target_feature(enable = "avx512f")]
     fn scaled(total: __m512i, scale: __m512, x: f32, result: __m512) -> __m512 {
         let factor = _mm512_mul_ps(scale, _mm512_set1_ps(x));
@@ -598,7 +612,9 @@ mod x86 {
                 }
             }
             for totals in totals {
-                let Some(((scales, sums), [scale, offset])) = of_x.next() else { return };
+                let Some(((scales, sums), [scale, offset])) = of_x.next() else {
+                    unreachable!("scales for every block")
+                };
                 for half in 0..2 {
                     let (scale, offset) = (load16(scale, half), load16(offset, half));
                     for r in 0..R {

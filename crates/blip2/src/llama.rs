@@ -107,17 +107,17 @@ impl Llama {
     }
 
     /// Builds the model from tensors under Hugging Face names (`model.layers.0.self_attn.q_proj.weight`,
-    /// …), its matrices kept in `format`.
+    /// …), its matrices kept in `format`; without one in a format that changes no value.
     ///
     /// # Errors
     /// A configuration out of range, or a tensor that is missing, unexpected, mis-shaped or not finite.
     pub fn from_hf<T: Clone + Into<Stored>>(
         config: LlamaConfig,
         tensors: &BTreeMap<String, T>,
-        format: WeightFormat,
+        format: impl Into<Option<WeightFormat>>,
     ) -> Result<Self> {
         let left = tensors.keys().cloned().collect();
-        Self::assemble(config, &mut HfWeights { tensors, format, left })
+        Self::assemble(config, &mut HfWeights { tensors, format: format.into(), left })
     }
 
     fn assemble(config: LlamaConfig, weights: &mut dyn Weights) -> Result<Self> {
@@ -563,11 +563,12 @@ impl Weights for GgufWeights<'_> {
 
 struct HfWeights<'a, T> {
     tensors: &'a BTreeMap<String, T>,
-    format: WeightFormat,
+    format: Option<WeightFormat>,
     left: BTreeSet<String>,
 }
 
 impl<T: Clone + Into<Stored>> HfWeights<'_, T> {
+    /// In the type that it is stored in.
     fn read(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let name = hf_name(name);
         let Some(tensor) = self.tensors.get(&name) else {
@@ -575,8 +576,8 @@ impl<T: Clone + Into<Stored>> HfWeights<'_, T> {
         };
         let stored: Stored = tensor.clone().into();
         check_shape(&name, &stored.dims(), shape)?;
-        let values = stored.load()?.to_dtype(DType::F32)?;
-        check_finite(&name, &values)?;
+        let values = stored.load()?;
+        check_finite(&name, &values.to_dtype(DType::F32)?)?;
         self.left.remove(&name);
         Ok(values)
     }
@@ -584,11 +585,13 @@ impl<T: Clone + Into<Stored>> HfWeights<'_, T> {
 
 impl<T: Clone + Into<Stored>> Weights for HfWeights<'_, T> {
     fn matrix(&mut self, name: &str, rows: usize, columns: usize) -> Result<FrozenWeight> {
-        Ok(FrozenWeight::new(&self.read(name, &[rows, columns])?, self.format)?)
+        let weight = self.read(name, &[rows, columns])?;
+        let format = self.format.unwrap_or_else(|| WeightFormat::exact(weight.dtype()));
+        Ok(FrozenWeight::new(&weight, format)?)
     }
 
     fn vector(&mut self, name: &str, len: usize) -> Result<Tensor> {
-        self.read(name, &[len])
+        Ok(self.read(name, &[len])?.to_dtype(DType::F32)?)
     }
 
     fn left(&self) -> &BTreeSet<String> {

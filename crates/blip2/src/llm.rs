@@ -36,14 +36,14 @@ pub enum Llm {
 impl Llm {
     /// Opens a language model by what `path` is: a GGUF file, which carries its tokenizer, or a folder
     /// in Hugging Face layout (`config.json`, weights in one or several safetensors files, `tokenizer.json`). Without a
-    /// `format` the matrices of a GGUF file stay as stored, those of a folder are kept in f32.
+    /// `format` the matrices of a GGUF file stay as stored, those of a folder keep their values: f16 as f16, others as f32.
     ///
     /// # Errors
     /// A file that is missing, broken, or of a family not known here; see [`Llama::from_gguf`], [`Self::from_hf`] and
     /// [`Tokenizer`].
     pub fn open(path: &Path, format: Option<WeightFormat>) -> Result<(Self, Tokenizer)> {
         let (llm, tokenizer) = if path.is_dir() {
-            open_folder(path, format.unwrap_or(WeightFormat::F32))?
+            open_folder(path, format)?
         } else {
             let gguf = Gguf::open(path)?;
             let tokenizer = Tokenizer::from_gguf(gguf.metadata())
@@ -62,9 +62,10 @@ impl Llm {
     pub fn from_hf(
         config: &serde_json::Value,
         tensors: BTreeMap<String, Stored>,
-        format: WeightFormat,
+        format: impl Into<Option<WeightFormat>>,
         origin: &Path,
     ) -> Result<Self> {
+        let format = format.into();
         let wrong = |e: Error| Error::file(origin, e.to_string());
         match config["model_type"].as_str() {
             Some("llama") => {
@@ -190,8 +191,16 @@ impl Llm {
     /// # Errors
     /// Only if a tensor operation fails.
     pub fn embedding_rms(&self) -> Result<f64> {
-        let squares = self.words().dequantize()?.sqr()?.mean(1)?.mean_all()?;
-        Ok(f64::from(squares.to_scalar::<f32>()?).sqrt())
+        // In pieces: the whole table in f32 may be larger than all that is loaded.
+        const PIECE: u32 = 4096;
+        let (rows, width) = self.words().shape();
+        let mut sum = 0.0;
+        for first in (0..rows as u32).step_by(PIECE as usize) {
+            let ids: Vec<u32> = (first..rows as u32).take(PIECE as usize).collect();
+            let values = self.words().rows(&ids)?.flatten_all()?.to_vec1::<f32>()?;
+            sum += values.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>();
+        }
+        Ok((sum / (rows * width) as f64).sqrt())
     }
 
     /// Embeddings `(b, t, d)` to hidden states `(b, t, d)` after the last norm. The gradient flows to `x`.
@@ -243,7 +252,7 @@ impl Llm {
 }
 
 /// A language model in Hugging Face layout.
-fn open_folder(folder: &Path, format: WeightFormat) -> Result<(Llm, Tokenizer)> {
+fn open_folder(folder: &Path, format: Option<WeightFormat>) -> Result<(Llm, Tokenizer)> {
     let config = folder.join("config.json");
     let text = std::fs::read(&config).map_err(Error::io(&config))?;
     let value: serde_json::Value =

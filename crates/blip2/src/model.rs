@@ -257,11 +257,15 @@ impl Model {
         names
     }
 
-    /// Loads the frozen image encoder.
+    /// Loads the frozen image encoder; without a `format` no weight changes its value.
     ///
     /// # Errors
     /// If its weights can't be found or don't fit.
-    pub fn vision(&self, format: WeightFormat, progress: Progress<'_>) -> Result<Vision> {
+    pub fn vision(
+        &self,
+        format: impl Into<Option<WeightFormat>>,
+        progress: Progress<'_>,
+    ) -> Result<Vision> {
         let part = &self.manifest.vision;
         let origin = self.vision_origin();
         let tensors = self.fitted_vision(progress)?;
@@ -283,7 +287,7 @@ impl Model {
         let Files::HuggingFace(checkpoint) = &self.files else {
             return Llm::open(&self.llm_path(progress)?, format);
         };
-        let (folder, format) = (checkpoint.folder(), format.unwrap_or(WeightFormat::F32));
+        let folder = checkpoint.folder();
         let llm =
             Llm::from_hf(&checkpoint.text_config(), checkpoint.language_tensors(), format, folder)?;
         let tokenizer = checkpoint.tokenizer()?;
@@ -303,7 +307,7 @@ impl Model {
         let part = self.manifest.stage2.clone().ok_or_else(|| {
             self.lacks("stage-2 part (captions, answers); train one, or give --model")
         })?;
-        let vision = self.vision(format.unwrap_or(WeightFormat::F32), &mut *progress)?;
+        let vision = self.vision(format, &mut *progress)?;
         let (llm, tokenizer) = self.llm(format, progress)?;
         let bridge = self.build(&part.weights, format, |p| Stage2::new(p, &part.config))?;
         self.check_joint(
@@ -344,7 +348,7 @@ impl Model {
             .stage1
             .clone()
             .ok_or_else(|| self.lacks("stage-1 part (match, embed)"))?;
-        let vision = self.vision(format.unwrap_or(WeightFormat::F32), progress)?;
+        let vision = self.vision(format, progress)?;
         let bridge = self.build(&part.weights, format, |p| Stage1::new(p, &part.config))?;
         self.check_joint(
             &part.weights,
@@ -475,7 +479,6 @@ impl Model {
         make: impl FnOnce(&Params) -> Result<T>,
     ) -> Result<T> {
         let origin = self.files.describe(weights);
-        let format = format.unwrap_or(WeightFormat::F32);
         Params::build(self.weights(weights)?, format, &origin.to_string_lossy(), make)
     }
 

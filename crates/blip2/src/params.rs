@@ -114,7 +114,8 @@ impl ParamStore {
 #[derive(Debug, Clone, Copy)]
 enum Kind {
     Trained,
-    Frozen(WeightFormat),
+    /// Without a format halves stay halves, and everything else is f32: no weight changes its value.
+    Frozen(Option<WeightFormat>),
 }
 
 #[derive(Debug)]
@@ -181,18 +182,19 @@ impl Params {
     }
 
     /// Builds a frozen model from `tensors`, in memory or still in their files, which are read one after the other;
-    /// `origin` (a file, say) is named in errors.
+    /// `origin` (a file, say) is named in errors. Without a `format` weights keep their values: f16 stays f16, other types
+    /// become f32.
     ///
     /// # Errors
     /// With the list of missing, unexpected, mis-shaped and non-finite tensors, if there is any.
     pub fn build<S: Into<Stored>, T>(
         tensors: BTreeMap<String, S>,
-        format: WeightFormat,
+        format: impl Into<Option<WeightFormat>>,
         origin: &str,
         make: impl FnOnce(&Params) -> Result<T>,
     ) -> Result<T> {
         let tensors = tensors.into_iter().map(|(name, tensor)| (name, tensor.into())).collect();
-        Self::root(tensors, Kind::Frozen(format), origin).build_with(make)
+        Self::root(tensors, Kind::Frozen(format.into()), origin).build_with(make)
     }
 
     fn build_with<T>(self, make: impl FnOnce(&Params) -> Result<T>) -> Result<T> {
@@ -261,7 +263,8 @@ impl Params {
                     let load = || converted(stored.load()?);
                     let tensor =
                         load().map_err(|err: Error| self.source.named_tensor(&path, err))?;
-                    if blip2_ops::is_finite(&tensor)? {
+                    let finite = blip2_ops::is_finite(&tensor).map_err(Error::from);
+                    if finite.map_err(|err| self.source.named_tensor(&path, err))? {
                         return Ok(tensor);
                     }
                     format!("{path} holds NaN or infinity")
@@ -284,17 +287,23 @@ impl Params {
         }
     }
 
-    /// The frozen matrix called `name` (rows, columns): a table of embeddings, say. In training it is f32 and gets no
-    /// gradient either.
+    /// The frozen matrix called `name` (rows, columns): a table of embeddings, say.
     ///
     /// # Errors
-    /// If it can't be stored in the wanted format.
+    /// If it can't be stored in the wanted format, or these are trained weights, of which it would be a copy.
     pub fn matrix(&self, name: &str, rows: usize, columns: usize) -> Result<FrozenWeight> {
+        let weight = self.read(name, &[rows, columns], Ok)?;
         let format = match self.source.kind {
-            Kind::Trained => WeightFormat::F32,
-            Kind::Frozen(format) => format,
+            Kind::Frozen(Some(format)) => format,
+            Kind::Frozen(None) => WeightFormat::exact(weight.dtype()),
+            Kind::Trained => {
+                let path = self.path(name);
+                return Err(Error::Config(format!(
+                    "{path}: a frozen matrix among trained weights"
+                )));
+            }
         };
-        Ok(FrozenWeight::new(&self.read(name, &[rows, columns], Ok)?, format)?)
+        Ok(FrozenWeight::new(&weight, format)?)
     }
 
     /// The shape of the tensor called `name`, if there is one.

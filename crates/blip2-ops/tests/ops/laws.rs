@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use blip2_ops::{
     AdamW, Communicator, Dropout, DropoutKey, Heads, IGNORE, RopeStyle, Segment, SingleProcess,
-    adamw_step, all_gather, attention, cached_attention, cross_entropy, dropout, embedding, gelu,
-    gelu_tanh, is_finite, l2_normalize, layer_norm, linear, log_sum_exp, quick_gelu, relu,
+    adamw_step, add, all_gather, attention, cached_attention, cross_entropy, dropout, embedding,
+    gelu, gelu_tanh, is_finite, l2_normalize, layer_norm, linear, log_sum_exp, quick_gelu, relu,
     rms_norm, rope, silu_gate, soft_cross_entropy, sum_of_squares,
 };
 use candle_core::{DType, Device, Result, Tensor};
@@ -58,6 +58,13 @@ fn empty_tensors_work() {
     let y = linear(&numbers(1, &[3, 0]), &empty(&[5, 0]), Some(&bias)).unwrap();
     assert_eq!(list(&y.get(2).unwrap()), list(&bias));
     assert_eq!(linear(&numbers(1, &[3, 4]), &empty(&[0, 4]), None).unwrap().dims(), [3, 0]);
+    let ops: [fn(&Tensor) -> Result<Tensor>; 3] = [gelu_tanh, relu, |x| add(x, x)];
+    for op in ops {
+        assert_eq!(op(&empty(&[0, 3])).unwrap().dims(), [0, 3]);
+    }
+    let none = numbers(1, &[2, 1, 0]);
+    let segment = Segment { k: none.clone(), v: none.clone(), rows: vec![0, 1] };
+    assert_eq!(cached_attention(&none, &[segment], None, HEADS).unwrap().dims(), [2, 1, 0]);
 
     let d4 = var(&numbers(1, &[4]));
     for shape in [&[0, 4][..], &[2, 0, 4]] {

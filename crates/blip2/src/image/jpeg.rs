@@ -15,6 +15,8 @@
 //! bytes ─markers, Huffman─▶ coefficients (i16, 64 a block) ─dequantise, IDCT─▶ one plane a component ─upsample, colour─▶ rows
 //! ```
 
+use rayon::prelude::*;
+
 use super::{Fallible, simd};
 
 /// Samples of one picture, row-major and interleaved.
@@ -42,6 +44,9 @@ pub(super) struct Header<'a> {
     /// The TIFF structure inside the EXIF segment.
     pub(super) exif: Option<&'a [u8]>,
 }
+
+/// Rows that threads take at a time: of MCUs when transforming, of pixels when colouring.
+const STRIP: usize = 16;
 
 /// Scans of one file; more is an attempt to keep us busy (ordinary progressive files have ten).
 const MAX_SCANS: usize = 300;
@@ -486,18 +491,20 @@ impl Picture {
         restart: usize,
     ) -> Fallible<()> {
         let (across, down, blocks) = self.layout(parts);
-        // Coefficients of one row of MCUs for each part.
-        let mut rows: Vec<Vec<i16>> = Vec::with_capacity(parts.len());
+        // Coefficients of a few rows of MCUs for each part: entropy data is read by one thread, transformed by all.
+        let mut strips: Vec<Vec<i16>> = Vec::with_capacity(parts.len());
         let mut tables = Vec::with_capacity(parts.len());
         for (part, &(_, v)) in parts.iter().zip(&blocks) {
-            rows.push(vec![0; self.frame.components[part.index].across * v * 64]);
+            strips
+                .push(vec![0; STRIP.min(down) * self.frame.components[part.index].across * v * 64]);
             let dc = part.dc.ok_or("a DC Huffman table is missing")?;
             tables.push((dc, part.ac.ok_or("an AC Huffman table is missing")?));
         }
         let mut until_restart = restart;
         for my in 0..down {
-            for row in &mut rows {
-                row.fill(0);
+            let within = my % STRIP;
+            if within == 0 {
+                strips.iter_mut().for_each(|strip| strip.fill(0));
             }
             for mx in 0..across {
                 if restart > 0 && until_restart == 0 {
@@ -512,8 +519,8 @@ impl Picture {
                     let (dc, ac) = tables[p];
                     for y in 0..v {
                         for x in 0..h {
-                            let at = (y * stride + mx * h + x) * 64;
-                            let block = rows[p][at..].first_chunk_mut::<64>();
+                            let at = ((within * v + y) * stride + mx * h + x) * 64;
+                            let block = strips[p][at..].first_chunk_mut::<64>();
                             let block = block.ok_or("a block outside the picture")?;
                             sequential_block(bits, dc, ac, &mut part.prediction, block)?;
                         }
@@ -521,17 +528,29 @@ impl Picture {
                 }
                 bits.check()?;
             }
-            for (p, part) in parts.iter().enumerate() {
-                let stride = self.frame.components[part.index].across;
-                let quant = self.quant[part.index].as_ref().ok_or("no quantisation table")?;
-                let size = rows[p].len();
-                let plane = &mut self.planes[part.index][my * size..(my + 1) * size];
-                simd(
-                    #[inline(always)]
-                    || inverse_rows(&rows[p], quant, stride, plane),
-                );
+            if within + 1 == STRIP || my + 1 == down {
+                for ((part, strip), &(_, v)) in parts.iter().zip(&strips).zip(&blocks) {
+                    let row = self.frame.components[part.index].across * v * 64;
+                    let (first, count) = ((my - within) * row, (within + 1) * row);
+                    self.inverse(part.index, &strip[..count], first)?;
+                }
             }
         }
+        Ok(())
+    }
+
+    /// Transforms whole rows of blocks of component `index` into its plane, from sample `first` on.
+    fn inverse(&mut self, index: usize, coefficients: &[i16], first: usize) -> Fallible<()> {
+        let quant = self.quant[index].as_ref().ok_or("no quantisation table")?;
+        let stride = self.frame.components[index].across;
+        let plane = &mut self.planes[index][first..first + coefficients.len()];
+        let rows = plane.par_chunks_mut(stride * 64).zip(coefficients.par_chunks(stride * 64));
+        rows.for_each(|(plane, coefficients)| {
+            simd(
+                #[inline(always)]
+                || inverse_rows(coefficients, quant, stride, plane),
+            );
+        });
         Ok(())
     }
 
@@ -577,43 +596,44 @@ impl Picture {
             return Err(format!("no data for component {missing}"));
         }
         for (i, coefficients) in std::mem::take(&mut self.coefficients).into_iter().enumerate() {
-            let quant = self.quant[i].as_ref().ok_or("no quantisation table")?;
-            let stride = self.frame.components[i].across;
-            let plane = &mut self.planes[i];
-            simd(
-                #[inline(always)]
-                || inverse_rows(&coefficients, quant, stride, plane),
-            );
+            self.inverse(i, &coefficients, 0)?;
         }
         let (width, height) = (self.frame.width, self.frame.height);
         let channels = self.planes.len();
         let mut data = vec![0u8; width * height * channels];
-        simd(
-            #[inline(always)]
-            || {
-                let mut up = Upsampler::new(&self.frame);
-                let mut packed = vec![0u32; width];
-                for (y, out) in data.chunks_exact_mut(width * channels).enumerate() {
-                    up.row(&self.frame, &self.planes, y);
-                    let line = |i| up.line(&self.frame, &self.planes, i, y);
-                    if channels == 1 {
-                        out.copy_from_slice(line(0));
-                        continue;
-                    }
-                    let three = [line(0), line(1), line(2)];
-                    match (channels, colour) {
-                        (_, Colour::Plain) => pack(three, &mut packed),
-                        (3, Colour::Ycc) => pack_ycc(three, &mut packed, 0),
-                        (_, Colour::Ycc) => pack_ycc(three, &mut packed, 0xFF_FFFF),
-                    }
-                    match channels {
-                        3 => spread_three(&packed, out),
-                        _ => spread_four(&packed, line(3), out),
-                    }
-                }
-            },
-        );
+        data.par_chunks_mut(STRIP * width * channels).enumerate().for_each(|(i, out)| {
+            simd(
+                #[inline(always)]
+                || self.rows(colour, i * STRIP, out),
+            );
+        });
         Ok(Samples { width, height, channels, data })
+    }
+
+    /// The picture's rows from row `first` on: upsampled, in the colours they are handed out in.
+    #[inline(always)]
+    fn rows(&self, colour: Colour, first: usize, out: &mut [u8]) {
+        let (width, channels) = (self.frame.width, self.planes.len());
+        let mut up = Upsampler::new(&self.frame);
+        let mut packed = vec![0u32; width];
+        for (y, out) in (first..).zip(out.chunks_exact_mut(width * channels)) {
+            up.row(&self.frame, &self.planes, y);
+            let line = |i| up.line(&self.frame, &self.planes, i, y);
+            if channels == 1 {
+                out.copy_from_slice(line(0));
+                continue;
+            }
+            let three = [line(0), line(1), line(2)];
+            match (channels, colour) {
+                (_, Colour::Plain) => pack(three, &mut packed),
+                (3, Colour::Ycc) => pack_ycc(three, &mut packed, 0),
+                (_, Colour::Ycc) => pack_ycc(three, &mut packed, 0xFF_FFFF),
+            }
+            match channels {
+                3 => spread_three(&packed, out),
+                _ => spread_four(&packed, line(3), out),
+            }
+        }
     }
 }
 

@@ -10,11 +10,15 @@
 //! (h, w, 3) ─horizontal─▶ (rows needed, w', 3) ─vertical─▶ (h', w', 3)
 //! ```
 
+use rayon::prelude::*;
+
 use super::{Rgb, simd};
 
 /// Fractional bits of a weight: 32 less 8 for the pixel less 2 for the overshoot of the kernel.
 const BITS: u32 = 32 - 8 - 2;
 const HALF: i32 = 1 << (BITS - 1);
+/// Rows that one thread works on at a time.
+const STRIP: usize = 32;
 /// Taps are worked on in groups of eight, so that a group of RGB pixels fills three registers.
 const GROUP: usize = 8;
 
@@ -38,18 +42,10 @@ pub(super) fn bicubic(source: &Rgb, width: usize, height: usize) -> Rgb {
         None => (0, from_height),
     };
     let rows = &source.data[top * from_width * 3..bottom * from_width * 3];
-    let narrowed = across.map(|w| {
-        simd(
-            #[inline(always)]
-            || horizontal(rows, from_width, &w),
-        )
-    });
+    let narrowed = across.map(|windows| narrow(rows, from_width, &windows));
     let rows = narrowed.as_deref().unwrap_or(rows);
     let data = match down {
-        Some(down) => simd(
-            #[inline(always)]
-            || vertical(rows, width * 3, top, &down),
-        ),
+        Some(down) => shorten(rows, width * 3, top, &down),
         None => rows.to_vec(),
     };
     Rgb { width: width as u32, height: height as u32, data }
@@ -99,8 +95,7 @@ fn pixel(sum: i32) -> u8 {
 }
 
 /// Every row of `rows` (`width` pixels each) to one pixel a window.
-#[inline(always)]
-fn horizontal(rows: &[u8], width: usize, windows: &[Window]) -> Vec<u8> {
+fn narrow(rows: &[u8], width: usize, windows: &[Window]) -> Vec<u8> {
     // Each weight three times, one for each colour, padded with zeros to whole groups.
     let most = windows.iter().map(|w| w.weights.len()).max().unwrap_or(0).div_ceil(GROUP);
     let mut spread = vec![[[0i32; 8]; 3]; windows.len() * most];
@@ -110,8 +105,28 @@ fn horizontal(rows: &[u8], width: usize, windows: &[Window]) -> Vec<u8> {
             lanes.fill(weight);
         }
     }
-    let mut line = vec![0u8; (width + GROUP) * 3];
     let mut out = vec![0u8; rows.len() / (width * 3) * windows.len() * 3];
+    let strips = out.par_chunks_mut(STRIP * windows.len() * 3);
+    strips.zip(rows.par_chunks(STRIP * width * 3)).for_each(|(out, rows)| {
+        simd(
+            #[inline(always)]
+            || horizontal(rows, width, windows, &spread, out),
+        );
+    });
+    out
+}
+
+/// [`narrow`] of a few rows; `spread` has as many groups of weights for each window.
+#[inline(always)]
+fn horizontal(
+    rows: &[u8],
+    width: usize,
+    windows: &[Window],
+    spread: &[[[i32; 8]; 3]],
+    out: &mut [u8],
+) {
+    let most = spread.len() / windows.len();
+    let mut line = vec![0u8; (width + GROUP) * 3];
     for (row, out) in rows.chunks_exact(width * 3).zip(out.chunks_exact_mut(windows.len() * 3)) {
         line[..width * 3].copy_from_slice(row);
         let targets = out.as_chunks_mut::<3>().0.iter_mut().zip(windows);
@@ -131,15 +146,26 @@ fn horizontal(rows: &[u8], width: usize, windows: &[Window]) -> Vec<u8> {
             }
         }
     }
-    out
 }
 
 /// One row a window, out of rows of `line` bytes of which the first is row `top` of the source.
+fn shorten(rows: &[u8], line: usize, top: usize, windows: &[Window]) -> Vec<u8> {
+    let mut out = vec![0u8; windows.len() * line];
+    let strips = out.par_chunks_mut(STRIP * line).zip(windows.par_chunks(STRIP));
+    strips.for_each(|(out, windows)| {
+        simd(
+            #[inline(always)]
+            || vertical(rows, line, top, windows, out),
+        );
+    });
+    out
+}
+
+/// [`shorten`] for a few windows.
 #[inline(always)]
-fn vertical(rows: &[u8], line: usize, top: usize, windows: &[Window]) -> Vec<u8> {
+fn vertical(rows: &[u8], line: usize, top: usize, windows: &[Window], out: &mut [u8]) {
     /// Registers' worth of eight sums worked on at once.
     const WIDE: usize = 4;
-    let mut out = vec![0u8; windows.len() * line];
     for (window, out) in windows.iter().zip(out.chunks_exact_mut(line)) {
         let rows = &rows[(window.first - top) * line..];
         let (eights, rest) = out.as_chunks_mut::<8>();
@@ -160,7 +186,6 @@ fn vertical(rows: &[u8], line: usize, top: usize, windows: &[Window]) -> Vec<u8>
             *out = pixel(sum);
         }
     }
-    out
 }
 
 /// `N` times eight weighted columns from column `at` on.
