@@ -1,7 +1,6 @@
 //! The default model: a BLIP-2 of small pretrained parts, its bridge trained by this program and carried inside it.
 //!
-//! ViT-S/14 → Q-Former (MiniLM's shape) → SmolLM2-135M. So far it has a first stage: it matches and embeds, and has nothing
-//! yet to caption with. Data, training and results: `models/mini/README.md`.
+//! ViT-S/14 → Q-Former (MiniLM's shape) → SmolLM2-135M. Data, training and results: `models/mini/README.md`.
 
 use crate::Result;
 use crate::model::{Files, Model};
@@ -9,6 +8,7 @@ use crate::model::{Files, Model};
 const FILES: &[(&str, &[u8])] = &[
     ("model.json", include_bytes!("../../../models/mini/model.json")),
     ("stage1.gguf", include_bytes!("../../../models/mini/stage1.gguf")),
+    ("stage2.gguf", include_bytes!("../../../models/mini/stage2.gguf")),
     ("vocab.txt", include_bytes!("../../../models/mini/vocab.txt")),
 ];
 
