@@ -85,7 +85,7 @@ impl Found {
         args: &PictureArgs,
         side: usize,
         format: Format,
-        mut work: impl FnMut(&[&Path], &[Rgb]) -> anyhow::Result<Vec<Vec<Row>>>,
+        work: impl FnMut(&[&Path], &[Rgb]) -> anyhow::Result<Vec<Vec<Row>>>,
     ) -> anyhow::Result<Outcome> {
         let pixels = pixels(args.hf_pixels);
         // No room: a batch is handed over when the one before is done, so that one at a time is read ahead.
@@ -101,7 +101,7 @@ impl Found {
                     }
                 }
             });
-            each_batch(batches, format, &mut work)
+            each_batch(batches, format, work)
         })
     }
 }
@@ -126,7 +126,7 @@ type Read<'a> = std::result::Result<(&'a Path, Rgb), Bad>;
 fn each_batch(
     batches: Receiver<Vec<Read<'_>>>,
     format: Format,
-    work: &mut dyn FnMut(&[&Path], &[Rgb]) -> anyhow::Result<Vec<Vec<Row>>>,
+    mut work: impl FnMut(&[&Path], &[Rgb]) -> anyhow::Result<Vec<Vec<Row>>>,
 ) -> anyhow::Result<Outcome> {
     let mut outcome = Outcome::AllFine;
     for read in batches {

@@ -153,7 +153,7 @@ impl<const TANH: bool> GatedBySigmoid<TANH> {
         /// The slope inside the sigmoid.
         const QUICK: f32 = 1.702;
         /// 2 √(2/π), and the weight of the cube.
-        const SLOPE: f32 = 1.595_769_1;
+        const SLOPE: f32 = 1.595_769;
         const CUBE: f32 = 0.044_715;
         if TANH {
             (SLOPE * (x + CUBE * x * x * x), SLOPE * (1.0 + 3.0 * CUBE * x * x))

@@ -545,7 +545,7 @@ impl Weights for GgufWeights<'_> {
         let values = stored.dequantize()?;
         check_finite(name, &values)?;
         Ok(match self.format {
-            Some(format) => FrozenWeight::new(&values, format)?,
+            Some(format) => FrozenWeight::new(&values, format)?.fast(),
             None => stored,
         })
     }
@@ -586,8 +586,10 @@ impl<T: Clone + Into<Stored>> HfWeights<'_, T> {
 impl<T: Clone + Into<Stored>> Weights for HfWeights<'_, T> {
     fn matrix(&mut self, name: &str, rows: usize, columns: usize) -> Result<FrozenWeight> {
         let weight = self.read(name, &[rows, columns])?;
-        let format = self.format.unwrap_or_else(|| WeightFormat::exact(weight.dtype()));
-        Ok(FrozenWeight::new(&weight, format)?)
+        Ok(match self.format {
+            Some(format) => FrozenWeight::new(&weight, format)?.fast(),
+            None => FrozenWeight::new(&weight, WeightFormat::exact(weight.dtype()))?,
+        })
     }
 
     fn vector(&mut self, name: &str, len: usize) -> Result<Tensor> {

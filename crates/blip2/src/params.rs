@@ -294,7 +294,8 @@ impl Params {
     pub fn matrix(&self, name: &str, rows: usize, columns: usize) -> Result<FrozenWeight> {
         let weight = self.read(name, &[rows, columns], Ok)?;
         let format = match self.source.kind {
-            Kind::Frozen(Some(format)) => format,
+            // A format that was asked for was asked for to be fast.
+            Kind::Frozen(Some(format)) => return Ok(FrozenWeight::new(&weight, format)?.fast()),
             Kind::Frozen(None) => WeightFormat::exact(weight.dtype()),
             Kind::Trained => {
                 let path = self.path(name);

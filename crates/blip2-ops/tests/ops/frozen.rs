@@ -40,8 +40,7 @@ fn products_equal_those_with_the_dequantised_weight() {
                 let name = format!("{dtype:?}, {rows} rows");
                 let xv = var(&x);
                 let y = frozen_linear(&xv, &weight, Some(&bias)).unwrap();
-                let seen = if INTEGER.contains(&dtype) { rounded(&x) } else { x };
-                close(&name, &y, &linear(&seen, &full, Some(&bias)).unwrap(), 2e-5);
+                close(&name, &y, &linear(&x, &full, Some(&bias)).unwrap(), 2e-5);
                 let dy = numbers(4, y.dims());
                 let grads = (&y * &dy).unwrap().sum_all().unwrap().backward().unwrap();
                 let expected = dy.matmul(&full).unwrap();
@@ -51,29 +50,42 @@ fn products_equal_those_with_the_dequantised_weight() {
     }
 }
 
-/// The formats whose products are made of integers.
-const INTEGER: [GgmlDType; 4] = [GgmlDType::Q4_0, GgmlDType::Q4_1, GgmlDType::Q8_0, GgmlDType::Q4K];
-
-/// x as such products see it: 16-bit integers with a scale for every 32.
+/// x as products of integers see it: 16 bits with a scale for every 32.
 fn rounded(x: &Tensor) -> Tensor {
-    let values = list(x);
     let block = |block: &[f32]| {
         let largest = block.iter().fold(0f32, |a, b| a.max(b.abs()));
         let (scale, factor) = (f64::from(largest / 32767.0), 32767.0 / largest);
         let round = |x: &f32| (f64::from((x * factor).round_ties_even()) * scale) as f32;
         block.iter().map(round).collect::<Vec<_>>()
     };
-    let values: Vec<f32> = values.chunks(32).flat_map(block).collect();
+    let values: Vec<f32> = list(x).chunks(32).flat_map(block).collect();
     Tensor::from_vec(values, x.shape(), &Device::Cpu).unwrap()
 }
 
 #[test]
-fn x_has_sixteen_bits_where_weights_are_quantised() {
+fn fast_products_are_those_of_x_in_sixteen_bits() {
+    let dense = numbers(1, &[301, 512]);
     let x = numbers(3, &[40, 512]);
     for (x, rounded) in list(&x).chunks(32).zip(list(&rounded(&x)).chunks(32)) {
         let largest = x.iter().fold(0f32, |a, b| a.max(b.abs()));
         for (x, rounded) in x.iter().zip(rounded) {
             assert!((x - rounded).abs() <= largest / 65_000.0, "{x} became {rounded}");
+        }
+    }
+    for dtype in DTYPES {
+        let q = Arc::new(QTensor::quantize(&dense, dtype).unwrap());
+        let exact = FrozenWeight::from_qtensor(q).unwrap();
+        let (fast, full) = (exact.clone().fast(), exact.dequantize().unwrap());
+        let integers = [GgmlDType::Q4_0, GgmlDType::Q4_1, GgmlDType::Q8_0, GgmlDType::Q4K];
+        for rows in [1, 5, 40] {
+            let x = x.narrow(0, 0, rows).unwrap();
+            let name = format!("{dtype:?}, {rows} rows");
+            let y = frozen_linear(&x, &fast, None).unwrap();
+            let seen = if integers.contains(&dtype) { rounded(&x) } else { x.clone() };
+            close(&name, &y, &linear(&seen, &full, None).unwrap(), 2e-5);
+            // With a gradient it is not fast but exact.
+            let tracked = frozen_linear(&var(&x), &fast, None).unwrap();
+            assert_eq!(list(&tracked), list(&frozen_linear(&x, &exact, None).unwrap()), "{name}");
         }
     }
 }
@@ -82,7 +94,7 @@ fn x_has_sixteen_bits_where_weights_are_quantised() {
 #[test]
 fn rounding_x_matters_less_than_rounding_weights() {
     let dense = numbers(1, &[256, 512]);
-    let weight = FrozenWeight::new(&dense, WeightFormat::Q8_0).unwrap();
+    let weight = FrozenWeight::new(&dense, WeightFormat::Q8_0).unwrap().fast();
     let x = numbers(3, &[64, 512]);
     let y = frozen_linear(&x, &weight, None).unwrap();
     let off = |other: &Tensor| {
