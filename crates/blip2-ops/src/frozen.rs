@@ -313,7 +313,9 @@ fn quantised(weight: &Tensor, kind: IntKind, dtype: GgmlDType) -> Result<Panels>
     let (out, width) = weight.dims2()?;
     Panels::ints(kind, out, width, |rows, bytes| {
         let rows = weight.narrow(0, rows.start, rows.len())?.to_dtype(DType::F32)?;
-        bytes.copy_from_slice(&QTensor::quantize(&rows.contiguous()?, dtype)?.data()?);
+        // Candle quantises what a tensor's memory begins with, wherever the tensor itself begins.
+        let rows = host::tensor(rows.flatten_all()?.to_vec1::<f32>()?, rows.shape())?;
+        bytes.copy_from_slice(&QTensor::quantize(&rows, dtype)?.data()?);
         Ok(())
     })
 }

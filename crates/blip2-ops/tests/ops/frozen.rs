@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use blip2_ops::{FrozenWeight, WeightFormat, frozen_linear, linear};
 use candle_core::quantized::{GgmlDType, QTensor};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use crate::common::{close, list, numbers, strided, var};
 
@@ -103,6 +103,28 @@ fn rounding_x_matters_less_than_rounding_weights() {
     };
     let (of_x, of_weights) = (off(&weight.dequantize().unwrap()), off(&dense));
     assert!(of_x * 100.0 < of_weights, "{of_x} {of_weights}");
+    // Half a step of 1/127 of the largest, at most.
+    assert!(of_weights < 0.02 * list(&y.sqr().unwrap()).iter().sum::<f32>().sqrt());
+}
+
+/// Every row of every type, also behind the first rows and in a view of something larger.
+#[test]
+fn what_is_kept_is_near_what_was_given() {
+    let whole = numbers(1, &[170, 512]);
+    let dense = whole.narrow(0, 20, 150).unwrap();
+    for (format, limit) in WeightFormat::ALL.into_iter().zip([0.0, 1e-3, 1e-2, 0.25]) {
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            let given = dense.to_dtype(dtype).unwrap();
+            for given in [given.clone(), strided(&given)] {
+                let kept = FrozenWeight::new(&given, format).unwrap().dequantize().unwrap();
+                let given = list(&given.to_dtype(DType::F32).unwrap());
+                for (i, (kept, given)) in list(&kept).iter().zip(given).enumerate() {
+                    let off = (kept - given).abs();
+                    assert!(off <= limit, "{format}, {dtype:?}: {i} is {kept}, was {given}");
+                }
+            }
+        }
+    }
 }
 
 #[test]
