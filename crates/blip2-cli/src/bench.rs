@@ -211,10 +211,7 @@ impl Bench<'_> {
     fn options(&self, tokens: u16) -> Options {
         let num_beams = self.args.num_beams.into();
         Options {
-            strategy: match num_beams {
-                1 => Strategy::Greedy,
-                _ => Strategy::Beam(Beam { num_beams, ..Beam::default() }),
-            },
+            strategy: Strategy::Beam(Beam { num_beams, ..Beam::default() }),
             max_new_tokens: tokens.into(),
             min_new_tokens: tokens.into(),
             ..Options::default()

@@ -1,38 +1,32 @@
 //! Element by element: `gelu` (the erf form), `gelu_tanh`, `quick_gelu`, `relu`, `silu_gate`, and `add`.
 
+use std::marker::PhantomData;
+
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, bail};
 
 use crate::host::{self, Fma, GRAIN, Host, simd};
 
-const GELU: &str = "gelu";
-const GELU_TANH: &str = "gelu_tanh";
-const QUICK_GELU: &str = "quick_gelu";
-const RELU: &str = "relu";
 const ADD: &str = "add";
 const SILU_GATE: &str = "silu_gate";
 
 /// `x Φ(x)` with the exact normal distribution function (erf), not its tanh approximation.
 pub fn gelu(x: &Tensor) -> Result<Tensor> {
-    host::check(GELU, &[x])?;
-    x.apply_op1(Gelu)
+    apply::<Gelu>(x)
 }
 
 /// `x σ(1.702 x)`, the approximation CLIP was trained with.
 pub fn quick_gelu(x: &Tensor) -> Result<Tensor> {
-    host::check(QUICK_GELU, &[x])?;
-    x.apply_op1(GatedBySigmoid::<false>)
+    apply::<GatedBySigmoid<false>>(x)
 }
 
 /// `x Φ(x)` by way of a hyperbolic tangent: what T5 calls `gelu_new`.
 pub fn gelu_tanh(x: &Tensor) -> Result<Tensor> {
-    host::check(GELU_TANH, &[x])?;
-    x.apply_op1(GatedBySigmoid::<true>)
+    apply::<GatedBySigmoid<true>>(x)
 }
 
 /// `max(x, 0)`; the gradient at 0 is 0.
 pub fn relu(x: &Tensor) -> Result<Tensor> {
-    host::check(RELU, &[x])?;
-    x.apply_op1(Relu)
+    apply::<Relu>(x)
 }
 
 /// `x + y`, both of the same shape.
@@ -110,36 +104,63 @@ fn map2(a: &[f32], b: &[f32], g: impl Fn(Fma, f32, f32) -> f32 + Sync) -> Vec<f3
     y
 }
 
-struct Gelu;
+/// A function of one number, and what it makes of a gradient. Both must be `#[inline(always)]`.
+trait Pointwise {
+    const NAME: &'static str;
+    fn value(f: Fma, x: f32) -> f32;
+    fn gradient(f: Fma, x: f32, g: f32) -> f32;
+}
 
-impl CustomOp1 for Gelu {
+/// The op of a [`Pointwise`] function.
+struct Map<P>(PhantomData<fn() -> P>);
+
+fn apply<P: Pointwise + 'static>(x: &Tensor) -> Result<Tensor> {
+    host::check(P::NAME, &[x])?;
+    x.apply_op1(Map::<P>(PhantomData))
+}
+
+impl<P: Pointwise> CustomOp1 for Map<P> {
     fn name(&self) -> &'static str {
-        GELU
+        P::NAME
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = host::values(GELU, storage, layout)?;
+        let x = host::values(P::NAME, storage, layout)?;
         let y = map(
             &x,
             #[inline(always)]
-            |f, x| x * normal_cdf(f, x).0,
+            |f, x| P::value(f, x),
         );
         Ok((CpuStorage::F32(y), layout.shape().clone()))
     }
 
     fn bwd(&self, x: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        const DENSITY: f32 = 0.398_942_3; // 1 / √(2π)
-        let (xs, gs) = (Host::new(GELU, x)?, Host::new(GELU, grad)?);
+        let (xs, gs) = (Host::new(P::NAME, x)?, Host::new(P::NAME, grad)?);
         let dx = map2(
             &xs,
             &gs,
             #[inline(always)]
-            |f, x, g| {
-                let (cdf, bell) = normal_cdf(f, x);
-                g * (cdf + x * bell * DENSITY)
-            },
+            |f, x, g| P::gradient(f, x, g),
         );
         Ok(Some(host::tensor(dx, x.shape())?))
+    }
+}
+
+struct Gelu;
+
+impl Pointwise for Gelu {
+    const NAME: &'static str = "gelu";
+
+    #[inline(always)]
+    fn value(f: Fma, x: f32) -> f32 {
+        x * normal_cdf(f, x).0
+    }
+
+    #[inline(always)]
+    fn gradient(f: Fma, x: f32, g: f32) -> f32 {
+        const DENSITY: f32 = 0.398_942_3; // 1 / √(2π)
+        let (cdf, bell) = normal_cdf(f, x);
+        g * (cdf + x * bell * DENSITY)
     }
 }
 
@@ -163,64 +184,36 @@ impl<const TANH: bool> GatedBySigmoid<TANH> {
     }
 }
 
-impl<const TANH: bool> CustomOp1 for GatedBySigmoid<TANH> {
-    fn name(&self) -> &'static str {
-        if TANH { GELU_TANH } else { QUICK_GELU }
+impl<const TANH: bool> Pointwise for GatedBySigmoid<TANH> {
+    const NAME: &'static str = if TANH { "gelu_tanh" } else { "quick_gelu" };
+
+    #[inline(always)]
+    fn value(f: Fma, x: f32) -> f32 {
+        x * sigmoid(f, Self::z(x).0)
     }
 
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = host::values(self.name(), storage, layout)?;
-        let y = map(
-            &x,
-            #[inline(always)]
-            |f, x| x * sigmoid(f, Self::z(x).0),
-        );
-        Ok((CpuStorage::F32(y), layout.shape().clone()))
-    }
-
-    fn bwd(&self, x: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let (xs, gs) = (Host::new(self.name(), x)?, Host::new(self.name(), grad)?);
-        let dx = map2(
-            &xs,
-            &gs,
-            #[inline(always)]
-            |f, x, g| {
-                let (z, slope) = Self::z(x);
-                let s = sigmoid(f, z);
-                g * (s + slope * x * s * (1.0 - s))
-            },
-        );
-        Ok(Some(host::tensor(dx, x.shape())?))
+    #[inline(always)]
+    fn gradient(f: Fma, x: f32, g: f32) -> f32 {
+        let (z, slope) = Self::z(x);
+        let s = sigmoid(f, z);
+        g * (s + slope * x * s * (1.0 - s))
     }
 }
 
 struct Relu;
 
-impl CustomOp1 for Relu {
-    fn name(&self) -> &'static str {
-        RELU
+impl Pointwise for Relu {
+    const NAME: &'static str = "relu";
+
+    #[inline(always)]
+    fn value(_: Fma, x: f32) -> f32 {
+        // A comparison, so that NaN stays what it is.
+        if x < 0.0 { 0.0 } else { x }
     }
 
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = host::values(RELU, storage, layout)?;
-        let y = map(
-            &x,
-            #[inline(always)]
-            // A comparison, so that NaN stays what it is.
-            |_, x| if x < 0.0 { 0.0 } else { x },
-        );
-        Ok((CpuStorage::F32(y), layout.shape().clone()))
-    }
-
-    fn bwd(&self, x: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let (xs, gs) = (Host::new(RELU, x)?, Host::new(RELU, grad)?);
-        let dx = map2(
-            &xs,
-            &gs,
-            #[inline(always)]
-            |_, x, g| if x > 0.0 { g } else { 0.0 },
-        );
-        Ok(Some(host::tensor(dx, x.shape())?))
+    #[inline(always)]
+    fn gradient(_: Fma, x: f32, g: f32) -> f32 {
+        if x > 0.0 { g } else { 0.0 }
     }
 }
 

@@ -57,8 +57,7 @@ impl WeightFormat {
     }
 
     /// The smallest format in which no weight of this type, of at most 32 bits, changes its value.
-    #[must_use]
-    pub fn exact(dtype: DType) -> Self {
+    fn exact(dtype: DType) -> Self {
         if dtype == DType::F16 { Self::F16 } else { Self::F32 }
     }
 
@@ -143,6 +142,18 @@ impl FrozenWeight {
             WeightFormat::Q4K => quantised(&weight, IntKind::Q4K, GgmlDType::Q4K)?,
         };
         Ok(Self::of(Store::Panels(panels), out, width))
+    }
+
+    /// A weight as a model keeps it: in the `format` that somebody asked for, and then fast; without one in the smallest
+    /// format that changes no value, and exact.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn kept(weight: &Tensor, format: Option<WeightFormat>) -> Result<Self> {
+        match format {
+            Some(format) => Ok(Self::new(weight, format)?.fast()),
+            None => Self::new(weight, WeightFormat::exact(weight.dtype())),
+        }
     }
 
     fn of(store: Store, out: usize, width: usize) -> Self {

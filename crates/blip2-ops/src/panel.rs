@@ -13,6 +13,7 @@
 //! ([`Arithmetic::Integers`]), x becomes 16-bit integers with a scale for every 32: half the time, and off by at most
 //! 1/65 534 of the block's largest, a hundredth of what eight bits have cost the weights.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use rayon::prelude::*;
@@ -266,53 +267,47 @@ impl Panels {
                     *out = half_to_f32(weights[c]);
                 }
             }
-            Store::Ints(..) => self.for_each_k(panel, |k, weights| {
-                for (out, weights) in out[k..].iter_mut().zip(weights) {
+            Store::Ints(..) => {
+                for (out, weights) in out.iter_mut().zip(&*self.unpacked(panel)) {
                     *out = weights[c];
                 }
-            }),
+            }
         }
     }
 
     /// The rows of `panel` in f32, one after the other, as many as `out` has room for.
     pub(crate) fn rows_of(&self, panel: usize, out: &mut [f32]) {
-        let width = self.width;
-        self.for_each_k(panel, |k, weights| {
-            for (c, row) in out.chunks_exact_mut(width).enumerate() {
-                for (out, weights) in row[k..].iter_mut().zip(weights) {
-                    *out = weights[c];
-                }
+        let unpacked = self.unpacked(panel);
+        for (c, row) in out.chunks_exact_mut(self.width).enumerate() {
+            for (out, weights) in row.iter_mut().zip(&*unpacked) {
+                *out = weights[c];
             }
-        });
+        }
     }
 
-    /// Hands out a panel in f32, some positions k at a time, with the first of them.
-    fn for_each_k(&self, panel: usize, mut each: impl FnMut(usize, &[Row])) {
-        let width = self.width;
+    /// A panel in f32: a row of columns for each k.
+    fn unpacked(&self, panel: usize) -> Cow<'_, [Row]> {
+        let span = panel * self.width..(panel + 1) * self.width;
         match &self.store {
-            Store::F32(rows) => each(0, &rows[panel * width..(panel + 1) * width]),
+            Store::F32(rows) => Cow::Borrowed(&rows[span]),
             Store::F16(rows) => {
-                let mut unpacked = [[0f32; COLUMNS]; BLOCK];
-                let rows = &rows[panel * width..(panel + 1) * width];
-                for (i, rows) in rows.chunks(BLOCK).enumerate() {
-                    simd(
-                        #[inline(always)]
-                        |_| {
-                            for (out, row) in unpacked.iter_mut().zip(rows) {
-                                for (out, half) in out.iter_mut().zip(row) {
-                                    *out = half_to_f32(*half);
-                                }
-                            }
-                        },
-                    );
-                    each(i * BLOCK, &unpacked[..rows.len()]);
-                }
+                let mut unpacked = vec![[0f32; COLUMNS]; self.width];
+                simd(
+                    #[inline(always)]
+                    |_| {
+                        let halves = rows[span].as_flattened();
+                        for (out, half) in unpacked.as_flattened_mut().iter_mut().zip(halves) {
+                            *out = half_to_f32(*half);
+                        }
+                    },
+                );
+                Cow::Owned(unpacked)
             }
             Store::Ints(kind, units) => {
-                let per_panel = kind.row_bytes(width) / 2;
-                let mut unpacked = vec![[0f32; COLUMNS]; width];
-                unpack_floats(Isa::best(), *kind, &units[panel * per_panel..], &mut unpacked);
-                each(0, &unpacked);
+                let mut unpacked = vec![[0f32; COLUMNS]; self.width];
+                let first = panel * (kind.row_bytes(self.width) / 2);
+                unpack_floats(Isa::best(), *kind, &units[first..], &mut unpacked);
+                Cow::Owned(unpacked)
             }
         }
     }

@@ -541,12 +541,12 @@ impl GgufWeights<'_> {
 
 impl Weights for GgufWeights<'_> {
     fn matrix(&mut self, name: &str, rows: usize, columns: usize) -> Result<FrozenWeight> {
-        let stored = FrozenWeight::from_qtensor(Arc::new(self.read(name, &[rows, columns])?))?;
-        let values = stored.dequantize()?;
+        let stored = self.read(name, &[rows, columns])?;
+        let values = stored.dequantize(&Device::Cpu)?;
         check_finite(name, &values)?;
         Ok(match self.format {
-            Some(format) => FrozenWeight::new(&values, format)?.fast(),
-            None => stored,
+            Some(_) => FrozenWeight::kept(&values, self.format)?,
+            None => FrozenWeight::from_qtensor(Arc::new(stored))?,
         })
     }
 
@@ -585,11 +585,7 @@ impl<T: Clone + Into<Stored>> HfWeights<'_, T> {
 
 impl<T: Clone + Into<Stored>> Weights for HfWeights<'_, T> {
     fn matrix(&mut self, name: &str, rows: usize, columns: usize) -> Result<FrozenWeight> {
-        let weight = self.read(name, &[rows, columns])?;
-        Ok(match self.format {
-            Some(format) => FrozenWeight::new(&weight, format)?.fast(),
-            None => FrozenWeight::new(&weight, WeightFormat::exact(weight.dtype()))?,
-        })
+        Ok(FrozenWeight::kept(&self.read(name, &[rows, columns])?, self.format)?)
     }
 
     fn vector(&mut self, name: &str, len: usize) -> Result<Tensor> {

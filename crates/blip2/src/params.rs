@@ -293,18 +293,13 @@ impl Params {
     /// If it can't be stored in the wanted format, or these are trained weights, of which it would be a copy.
     pub fn matrix(&self, name: &str, rows: usize, columns: usize) -> Result<FrozenWeight> {
         let weight = self.read(name, &[rows, columns], Ok)?;
-        let format = match self.source.kind {
-            // A format that was asked for was asked for to be fast.
-            Kind::Frozen(Some(format)) => return Ok(FrozenWeight::new(&weight, format)?.fast()),
-            Kind::Frozen(None) => WeightFormat::exact(weight.dtype()),
+        match self.source.kind {
+            Kind::Frozen(format) => Ok(FrozenWeight::kept(&weight, format)?),
             Kind::Trained => {
                 let path = self.path(name);
-                return Err(Error::Config(format!(
-                    "{path}: a frozen matrix among trained weights"
-                )));
+                Err(Error::Config(format!("{path}: a frozen matrix among trained weights")))
             }
-        };
-        Ok(FrozenWeight::new(&weight, format)?)
+        }
     }
 
     /// The shape of the tensor called `name`, if there is one.
