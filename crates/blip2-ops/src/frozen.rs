@@ -11,8 +11,8 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{
     CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Storage, Tensor, WithDType, bail,
 };
+use half::f16;
 use half::slice::HalfFloatSliceExt as _;
-use half::{bf16, f16};
 use rayon::prelude::*;
 
 use crate::gemm::{self, Output, Threads, product};
@@ -20,7 +20,7 @@ use crate::host::{self, Host};
 use crate::linear::{check_bias, fill_rows, out_shape};
 use crate::panel::{Arithmetic, IntKind, Panels};
 use crate::tile::COLUMNS;
-use crate::{quant, work};
+use crate::{bf16, quant, work};
 
 const NAME: &str = "frozen_linear";
 
@@ -277,7 +277,7 @@ fn floats(weight: &Tensor, out: usize, width: usize) -> Result<Panels> {
             Panels::f32(out, width, |i| quant::half_to_f32(halves[i].to_bits()))
         }
         DType::BF16 => {
-            let halves = slice::<bf16>(&storage, layout)?;
+            let halves = slice::<half::bf16>(&storage, layout)?;
             Panels::f32(out, width, |i| halves[i].to_f32())
         }
         _ => {
@@ -308,7 +308,7 @@ pub fn is_finite(tensor: &Tensor) -> Result<bool> {
     let (storage, layout) = tensor.storage_and_layout();
     Ok(match tensor.dtype() {
         DType::F16 => all(slice::<f16>(&storage, layout)?, f16::is_finite),
-        DType::BF16 => all(slice::<bf16>(&storage, layout)?, bf16::is_finite),
+        DType::BF16 => all(slice::<half::bf16>(&storage, layout)?, half::bf16::is_finite),
         _ => all(slice::<f32>(&storage, layout)?, f32::is_finite),
     })
 }
@@ -415,13 +415,17 @@ pub fn frozen_linear(x: &Tensor, weight: &FrozenWeight, bias: Option<&Tensor>) -
         false => Arithmetic::Floats,
     };
     let bias = bias.map(Tensor::detach);
-    x.apply_op1(FrozenLinear { weight: weight.clone(), bias, arithmetic })
+    let rows = x.elem_count() / width.max(1);
+    let mixed = x.track_op() && rows >= bf16::THINNEST && bf16::is_on();
+    x.apply_op1(FrozenLinear { weight: weight.clone(), bias, arithmetic, mixed })
 }
 
 struct FrozenLinear {
     weight: FrozenWeight,
     bias: Option<Tensor>,
     arithmetic: Arithmetic,
+    /// Whether the product is one of mixed precision.
+    mixed: bool,
 }
 
 impl FrozenLinear {
@@ -430,7 +434,9 @@ impl FrozenLinear {
         work::read(self.weight.bytes());
         let bias = self.bias.as_ref().map(|b| Host::new(NAME, b)).transpose()?;
         let bias = bias.as_deref();
-        if let Store::Panels(panels) = &self.weight.inner.store {
+        if let Store::Panels(panels) = &self.weight.inner.store
+            && !self.mixed
+        {
             work::product(n, width, out);
             return Ok(panels.product(x, n, bias, self.arithmetic));
         }

@@ -1,4 +1,4 @@
-//! The f32 matrix product, on row-major slices: safe wrappers over faer.
+//! The f32 matrix product, on row-major slices: safe wrappers over faer; in mixed precision the large ones go to `bf16`.
 //!
 //! A [`Rows`] is a `(rows, cols)` view with a row stride, so one head of a `(t, heads*d)` matrix is
 //! multiplied in place, without a transposed copy.
@@ -6,7 +6,7 @@
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 
-use crate::work;
+use crate::{bf16, work};
 
 /// A row-major matrix, maybe some columns of a wider one.
 pub(crate) type Rows<'a> = MatRef<'a, f32>;
@@ -83,6 +83,11 @@ pub(crate) fn product(
             let mut out = out;
             out.fill(0.0);
         }
+        return;
+    }
+    if threads == Threads::All && bf16::is_on() && bf16::suits(&out, a, b) {
+        work::product(out.nrows(), a.ncols(), out.ncols());
+        bf16::product(out, output, alpha, a, b);
         return;
     }
     let work = out.nrows() * out.ncols() * a.ncols();

@@ -21,6 +21,7 @@
 //! | `comm.rs` | [`Communicator`], [`all_gather`] |
 //! | `optim.rs` | [`adamw_step`], [`sum_of_squares`] |
 //! | `work.rs` | [`Work`]: what the ops computed and read, for benchmarks |
+//! | `bf16.rs` | [`MixedPrecision`]: products of factors rounded to bf16 |
 //! | `gemm.rs`, `host.rs` | the matrix product; borrowing tensors, threads, SIMD, `exp` |
 //!
 //! What holds for every op:
@@ -31,6 +32,7 @@
 
 mod activation;
 mod attention;
+mod bf16;
 mod cached;
 mod comm;
 mod dropout;
@@ -50,6 +52,7 @@ mod work;
 
 pub use activation::{add, gelu, gelu_tanh, quick_gelu, relu, silu_gate};
 pub use attention::{Heads, attention};
+pub use bf16::MixedPrecision;
 pub use cached::{Segment, cached_attention};
 pub use comm::{Communicator, SingleProcess, all_gather};
 pub use dropout::{Dropout, DropoutKey, dropout};

@@ -1,7 +1,7 @@
 //! How long a training step of mini takes, stage 1 and stage 2, on synthetic pictures and texts of its real shapes.
 //!
 //! ```sh
-//! cargo run --release -p blip2-train --example bench_step -- step.safetensors [STEPS]
+//! cargo run --release -p blip2-train --example bench_step -- step.safetensors [STEPS [f32|bf16]]
 //! ```
 //!
 //! Writes weights and batch to the file, so that `benches/train_step.py`, which calls this, takes the very same step in
@@ -21,7 +21,7 @@ use blip2::params::ParamStore;
 use blip2::qformer::QFormerConfig;
 use blip2::stage1::{Stage1, Stage1Config};
 use blip2::stage2::{Stage2, Stage2Config};
-use blip2_ops::{Communicator, Dropout, SingleProcess, WeightFormat};
+use blip2_ops::{Communicator, Dropout, MixedPrecision, SingleProcess, WeightFormat};
 use blip2_train::init;
 use blip2_train::optim::{AdamW, AdamWConfig, Gradients, clip_factor};
 use blip2_train::rng::Rng;
@@ -42,6 +42,11 @@ fn main() -> Result<()> {
     let mut args = std::env::args().skip(1);
     let path = args.next().ok_or("give the file for weights and batch")?;
     let steps = args.next().map_or(Ok(4), |n| n.parse())?;
+    let _mixed = match args.next().as_deref() {
+        None | Some("f32") => None,
+        Some("bf16") => Some(MixedPrecision::start().ok_or("no AVX-512 BF16 here")?),
+        Some(other) => return Err(format!("{other}: f32 or bf16").into()),
+    };
     let mut dump = HashMap::new();
     let first = bench_stage1(steps, &mut dump)?;
     let second = bench_stage2(steps, &mut dump)?;
@@ -117,8 +122,9 @@ fn bench_stage1(steps: u64, dump: &mut HashMap<String, Tensor>) -> Result<serde_
     let ranks: Arc<dyn Communicator> = Arc::new(SingleProcess);
     time(&params, steps, |dropout| {
         let batch = Stage1Batch { patches: &patches, texts: &texts, image_ids: None };
+        let rng = Rng::new(4, &[]);
         let mut context =
-            StepContext { dropout, smoothing: 0.1, rng: Rng::new(4, &[]), ranks: &ranks };
+            StepContext { dropout, smoothing: 0.1, itm_pairs: None, rng, ranks: &ranks };
         // Every pair's wrong partner is the next one, so that both programs judge the same pairs.
         let next: Vec<u32> = (0..b).map(|i| ((i + 1) % b) as u32).collect();
         let negatives = Negatives { images: next.clone(), texts: next };

@@ -6,7 +6,7 @@
 
 use std::path::{Path, PathBuf};
 
-use blip2_ops::WeightFormat;
+use blip2_ops::{MixedPrecision, WeightFormat};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::sha256;
@@ -293,6 +293,10 @@ pub struct Stage1Section {
     /// loss shares its target among them, and none is a negative of another. Otherwise this holds for pairs with the same
     /// `image_id`, as in the reference.
     pub same_caption_matches: bool,
+    /// How many pairs of each batch matching (ITM) learns from, each with its two wrong partners; without it all, as in the
+    /// reference. Matching costs two thirds of a step; the wrong partners come from the whole batch either way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub itm_pairs: Option<usize>,
     /// Whether the image encoder is trained as well. It becomes a part of the run's own model.
     pub train_vision: bool,
     /// How long and in what portions.
@@ -349,8 +353,42 @@ pub struct TrainSection {
     pub accumulate: usize,
     /// Largest global norm of the gradient; beyond it, it is scaled down. 0: no clipping.
     pub clip: f64,
+    /// In which numbers products are computed.
+    #[serde(default, skip_serializing_if = "Precision::is_f32")]
+    pub precision: Precision,
     /// Stop after this many steps in a row had a loss or gradient that is not finite; such a step changes nothing.
     pub stop_after_nonfinite: u64,
+}
+
+/// In which numbers a training step computes its products. Weights, optimiser, sums and everything else are f32 either way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// As they are.
+    #[default]
+    F32,
+    /// Factors rounded to bf16, except in attention: mixed precision, for processors with AVX-512 BF16.
+    Bf16,
+}
+
+impl Precision {
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde wants a reference")]
+    fn is_f32(&self) -> bool {
+        *self == Self::F32
+    }
+
+    /// Computes so as long as what it returns lives.
+    ///
+    /// # Errors
+    /// If this processor has no instructions for it.
+    pub fn start(self) -> Result<Option<MixedPrecision>> {
+        if self == Self::F32 {
+            return Ok(None);
+        }
+        let lacking = "train.precision = bf16: this processor has no instructions for it \
+                       (AVX-512 BF16), and f32 takes no longer on it";
+        Ok(Some(MixedPrecision::start().ok_or_else(|| Error::Recipe(lacking.into()))?))
+    }
 }
 
 /// The optimiser (AdamW) and its schedule.
@@ -411,6 +449,9 @@ pub enum Stage {
         label_smoothing: f32,
         /// See [`Stage1Section::same_caption_matches`].
         same_caption_matches: bool,
+        /// See [`Stage1Section::itm_pairs`].
+        #[serde(skip_serializing_if = "Option::is_none")]
+        itm_pairs: Option<usize>,
         /// See [`Stage1Section::train_vision`].
         train_vision: bool,
     },
@@ -544,6 +585,7 @@ impl RecipeFile {
                 max_text_len: s.max_text_len,
                 label_smoothing: s.label_smoothing,
                 same_caption_matches: s.same_caption_matches,
+                itm_pairs: s.itm_pairs,
                 train_vision: s.train_vision,
             };
             self.run(stage, &s.train, &s.optimizer)
@@ -615,6 +657,9 @@ impl RecipeFile {
             require(!stage.init.is_empty(), "stage1.init", "\"\"", "a path or bert")?;
             at_least_3("stage1.max_text_len", stage.max_text_len)?;
             share("stage1.label_smoothing", stage.label_smoothing.into(), false)?;
+            if let Some(pairs) = stage.itm_pairs {
+                positive("stage1.itm_pairs", pairs)?;
+            }
             stage.train.check("stage1.train")?;
             stage.optimizer.check("stage1.optimizer", &stage.train)?;
             require(

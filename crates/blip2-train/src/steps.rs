@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use blip2::llm::Llm;
+use blip2::nn::KvCache;
 use blip2::nn::mask::Branch;
 use blip2::qformer::Picture;
 use blip2::stage1::Stage1;
@@ -53,6 +54,8 @@ pub struct StepContext<'a> {
     pub dropout: &'a Dropout,
     /// Label smoothing of ITC and ITG.
     pub smoothing: f32,
+    /// How many of the batch's pairs ITM learns from, the first ones; `None`: all.
+    pub itm_pairs: Option<usize>,
     /// Draws the hard negatives.
     pub rng: Rng,
     /// The other ranks.
@@ -116,7 +119,7 @@ pub fn stage1_with(
     let Texts { ids, tokens } = batch.texts;
 
     let image = model.image(batch.patches, dropout)?;
-    let text = model.text(ids, tokens, dropout)?;
+    let text = texts_by_length(model, batch.texts, dropout)?;
     let all_ids = batch.image_ids.map(|ids| gather_ids(ids, ranks)).transpose()?;
     let all_images = gather_features(&image.embeds, ranks)?;
     let all_texts = gather_features(&text, ranks)?;
@@ -129,65 +132,123 @@ pub fn stage1_with(
         None => first + row == column,
     };
     let negatives = choose(&mut context.rng, &itc.sim_t2i, &itc.sim_i2t, &same)?;
-    let own: Vec<u32> = (first as u32..(first + b) as u32).collect();
+    let n = context.itm_pairs.map_or(b, |pairs| pairs.min(b));
+    let own: Vec<u32> = (first as u32..(first + n) as u32).collect();
     // Right pairs, then each text with a wrong picture, then each picture with a wrong text.
-    let pictures = [own.as_slice(), &negatives.images, &own].concat();
-    let texts = [own.as_slice(), &own, &negatives.texts].concat();
+    let pictures = [own.as_slice(), &negatives.images[..n], &own].concat();
+    let texts = [own.as_slice(), &own, &negatives.texts[..n]].concat();
     let all_pictures = image.picture.map(|kv| all_gather(kv, ranks))?;
     let all_texts = Texts { ids: ranks.all_gather(ids)?, tokens: ranks.all_gather(tokens)? };
     let logits = itm_by_length(model, (&all_pictures, &pictures), (&all_texts, &texts), dropout)?;
     let itm = losses::itm(&logits)?;
 
-    let (decoder_ids, targets) =
-        itg_inputs(ids, tokens, model.config().qformer.vocab_size as u32 - 1)?;
-    let hidden = model.itg(&image.caches, &decoder_ids, tokens, dropout)?;
-    let logits = model.qformer().lm_logits(&targets.select(&hidden)?)?;
-    let itg = losses::lm(&logits, &targets, context.smoothing)?;
+    let (hidden, wanted) = itg_by_length(model, &image.caches, batch.texts, dropout)?;
+    let itg = losses::lm(&model.qformer().lm_logits(&hidden)?, &wanted, context.smoothing)?;
 
     let total = ((&itc.loss + &itm)? + &itg)?;
     Ok(Stage1Losses { total, itc: itc.loss, itm, itg })
 }
 
-/// Matching logits of pairs, given as rows of pictures and of texts, in their order. Short texts are computed apart from long
-/// ones: padded to the longest of a batch, half of all text positions would be padding.
+/// Rows of a batch in a few parts, short texts apart from long ones: padded to the longest of the batch, half of all text
+/// positions would be padding.
+struct ByLength {
+    /// Rows, and the length of the longest.
+    parts: Vec<(Vec<usize>, usize)>,
+}
+
+impl ByLength {
+    const PARTS: usize = 3;
+
+    fn new(lengths: &[usize]) -> Self {
+        let mut order: Vec<usize> = (0..lengths.len()).collect();
+        order.sort_by_key(|&row| lengths[row]);
+        let part = |rows: &[usize]| (rows.to_vec(), rows.last().map_or(1, |&row| lengths[row]));
+        Self { parts: order.chunks(order.len().div_ceil(Self::PARTS).max(1)).map(part).collect() }
+    }
+
+    /// What `f` makes of the rows of each part, in the rows' order.
+    fn compute(&self, f: impl Fn(&[usize], usize) -> Result<Tensor>) -> Result<Tensor> {
+        let computed: Vec<_> =
+            self.parts.iter().map(|(rows, longest)| f(rows, *longest)).collect::<Result<_>>()?;
+        let order: Vec<usize> = self.parts.iter().flat_map(|(rows, _)| rows).copied().collect();
+        let mut places = vec![0; order.len()];
+        for (place, row) in order.into_iter().enumerate() {
+            places[row] = place as u32;
+        }
+        select(&Tensor::cat(&computed, 0)?, &places)
+    }
+}
+
+impl Texts {
+    /// Tokens of each text, padding not counted.
+    fn lengths(&self) -> Result<Vec<usize>> {
+        let length = |row: &Vec<u8>| row.iter().rposition(|seen| *seen != 0).map_or(1, |i| i + 1);
+        Ok(self.tokens.to_vec2::<u8>()?.iter().map(length).collect())
+    }
+
+    /// The texts of `rows`, cut behind `longest` tokens.
+    fn part(&self, rows: &[u32], longest: usize) -> Result<Self> {
+        let cut = |all: &Tensor| select(&all.narrow(1, 0, longest)?.contiguous()?, rows);
+        Ok(Self { ids: cut(&self.ids)?, tokens: cut(&self.tokens)? })
+    }
+}
+
+fn numbers(rows: &[usize]) -> Vec<u32> {
+    rows.iter().map(|row| *row as u32).collect()
+}
+
+/// [`Stage1::text`].
+fn texts_by_length(model: &Stage1, texts: &Texts, dropout: &Dropout) -> Result<Tensor> {
+    ByLength::new(&texts.lengths()?).compute(|rows, longest| {
+        let Texts { ids, tokens } = texts.part(&numbers(rows), longest)?;
+        Ok(model.text(&ids, &tokens, dropout)?)
+    })
+}
+
+/// Matching logits of pairs, given as rows of pictures and of texts, in their order.
 fn itm_by_length(
     model: &Stage1,
     (pictures, picture_rows): (&Picture, &[u32]),
     (texts, text_rows): (&Texts, &[u32]),
     dropout: &Dropout,
 ) -> Result<Tensor> {
-    const PARTS: usize = 3;
-    let length = |row: &Vec<u8>| row.iter().rposition(|seen| *seen != 0).map_or(1, |last| last + 1);
-    let lengths: Vec<usize> = texts.tokens.to_vec2::<u8>()?.iter().map(length).collect();
-    let length_of = |pair: usize| lengths[text_rows[pair] as usize];
-    let mut order: Vec<usize> = (0..text_rows.len()).collect();
-    order.sort_by_key(|&pair| length_of(pair));
-    let mut logits = Vec::with_capacity(PARTS);
-    for part in order.chunks(order.len().div_ceil(PARTS)) {
-        let longest = part.last().map_or(1, |&pair| length_of(pair));
-        let rows = |of: &[u32]| part.iter().map(|&pair| of[pair]).collect::<Vec<_>>();
-        let texts_of = rows(text_rows);
-        let cut = |all: &Tensor| select(&all.narrow(1, 0, longest)?.contiguous()?, &texts_of);
-        logits.push(model.itm(
-            &pictures.select(&rows(picture_rows))?,
-            &cut(&texts.ids)?,
-            &cut(&texts.tokens)?,
-            dropout,
-        )?);
-    }
-    let mut places = vec![0; order.len()];
-    for (place, pair) in order.into_iter().enumerate() {
-        places[pair] = place as u32;
-    }
-    select(&Tensor::cat(&logits, 0)?, &places)
+    let lengths = texts.lengths()?;
+    let lengths: Vec<usize> = text_rows.iter().map(|&row| lengths[row as usize]).collect();
+    ByLength::new(&lengths).compute(|pairs, longest| {
+        let rows = |of: &[u32]| pairs.iter().map(|&pair| of[pair]).collect::<Vec<_>>();
+        let Texts { ids, tokens } = texts.part(&rows(text_rows), longest)?;
+        Ok(model.itm(&pictures.select(&rows(picture_rows))?, &ids, &tokens, dropout)?)
+    })
 }
 
-/// ITG reads the same text with `[DEC]` (`dec`) in the place of `[CLS]` and predicts every token behind it.
-fn itg_inputs(ids: &Tensor, tokens: &Tensor, dec: u32) -> Result<(Tensor, Targets)> {
-    let mut rows = ids.to_vec2::<u32>()?;
+/// The hidden states that predict a token, and the tokens. ITG reads the same texts with `[DEC]` in the place of `[CLS]` and
+/// predicts every token behind it.
+fn itg_by_length(
+    model: &Stage1,
+    caches: &[KvCache],
+    texts: &Texts,
+    dropout: &Dropout,
+) -> Result<(Tensor, Vec<u32>)> {
+    let dec = model.config().qformer.vocab_size as u32 - 1;
+    let (mut hidden, mut wanted) = (Vec::new(), Vec::new());
+    for (rows, longest) in ByLength::new(&texts.lengths()?).parts {
+        let rows = numbers(&rows);
+        let texts = texts.part(&rows, longest)?;
+        let (ids, targets) = itg_inputs(&texts, dec)?;
+        let mut caches = caches.to_vec();
+        caches.iter_mut().try_for_each(|cache| cache.reorder(&rows))?;
+        let states = model.itg(&caches, &ids, &texts.tokens, dropout)?;
+        hidden.push(targets.select(&states)?);
+        wanted.extend(targets.tokens());
+    }
+    Ok((Tensor::cat(&hidden, 0)?, wanted))
+}
+
+fn itg_inputs(texts: &Texts, dec: u32) -> Result<(Tensor, Targets)> {
+    let mut rows = texts.ids.to_vec2::<u32>()?;
     let labels: Vec<Vec<Option<u32>>> = rows
         .iter()
-        .zip(tokens.to_vec2::<u8>()?)
+        .zip(texts.tokens.to_vec2::<u8>()?)
         .map(|(row, seen)| {
             row.iter().zip(seen).map(|(&id, seen)| (seen != 0).then_some(id)).collect()
         })
@@ -274,7 +335,7 @@ fn decoder(llm: &Llm, soft: &Tensor, texts: &[Vec<LlmText>]) -> Result<Tensor> {
     let hidden = llm.hidden_branches(&embeds, &branches)?;
     let targets = stage2_targets(texts, queries, width);
     let logits = llm.logits(&targets.select(&hidden)?)?;
-    losses::lm(&logits, &targets, 0.0)
+    losses::lm(&logits, targets.tokens(), 0.0)
 }
 
 /// The encoder reads queries and given text, a row per text; the decoder predicts the rest from its start token on.
@@ -302,7 +363,7 @@ fn encoder_decoder(t5: &T5, llm: &Llm, soft: &Tensor, texts: &[Vec<LlmText>]) ->
     for (row, ids) in wanted.iter().enumerate() {
         ids.iter().enumerate().for_each(|(t, id)| targets.push(row * width + t, *id));
     }
-    losses::lm(&t5.logits(&targets.select(&hidden)?)?, &targets, 0.0)
+    losses::lm(&t5.logits(&targets.select(&hidden)?)?, targets.tokens(), 0.0)
 }
 
 /// What each of a row's `width` positions belongs to: the queries, one of the texts, or padding.

@@ -224,6 +224,7 @@ pub struct Stage1Task<'a> {
     params: ParamStore,
     model: Stage1,
     smoothing: f32,
+    itm_pairs: Option<usize>,
 }
 
 /// Loads pictures with captions.
@@ -256,8 +257,14 @@ impl<'a> Stage1Task<'a> {
         config: &Stage1Config,
         vision: Option<&'a Vision>,
     ) -> Result<Self> {
-        let Stage::One { ref init, max_text_len, label_smoothing, same_caption_matches, .. } =
-            recipe.stage
+        let Stage::One {
+            ref init,
+            max_text_len,
+            label_smoothing,
+            same_caption_matches,
+            itm_pairs,
+            ..
+        } = recipe.stage
         else {
             return Err(Error::Recipe("not a recipe of stage 1".into()));
         };
@@ -282,7 +289,7 @@ impl<'a> Stage1Task<'a> {
             same_caption_matches,
             picture_numbers: picture_numbers(&ids),
         };
-        Ok(Self { source, encoder, params, model, smoothing: label_smoothing })
+        Ok(Self { source, encoder, params, model, smoothing: label_smoothing, itm_pairs })
     }
 }
 
@@ -364,6 +371,7 @@ impl<'a> Task for Stage1Task<'a> {
         let context = StepContext {
             dropout: &dropout,
             smoothing: self.smoothing,
+            itm_pairs: self.itm_pairs,
             rng: draws.negatives(),
             ranks,
         };
@@ -703,6 +711,7 @@ pub fn train_recipe(file: &RecipeFile, session: &mut Session<'_>) -> Result<Trai
     let runs = file.runs();
     let dirs: Vec<_> = runs.iter().map(|recipe| stage_dir(session.dir, recipe)).collect();
     for (i, recipe) in runs.iter().enumerate() {
+        drop(recipe.train.precision.start()?);
         check_start_file(recipe, &dirs[..i])?;
     }
     let claim = |dir: &PathBuf| RunFolder::claim(dir, session.resume);

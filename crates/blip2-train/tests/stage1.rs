@@ -101,10 +101,21 @@ fn losses(
     image_ids: Option<&[i64]>,
     negatives: Negatives,
 ) -> Stage1Losses {
+    losses_of(model, image, texts, image_ids, negatives, None)
+}
+
+fn losses_of(
+    model: &Stage1,
+    image: &Tensor,
+    texts: &Texts,
+    image_ids: Option<&[i64]>,
+    negatives: Negatives,
+    itm_pairs: Option<usize>,
+) -> Stage1Losses {
     let ranks: Arc<dyn Communicator> = Arc::new(SingleProcess);
     let off = Dropout::off();
-    let mut context =
-        StepContext { dropout: &off, smoothing: 0.1, rng: Rng::new(0, &[]), ranks: &ranks };
+    let rng = Rng::new(0, &[]);
+    let mut context = StepContext { dropout: &off, smoothing: 0.1, itm_pairs, rng, ranks: &ranks };
     let batch = Stage1Batch { patches: image, texts, image_ids };
     stage1_with(model, &batch, &mut context, |_, _, _, _| Ok(negatives)).unwrap()
 }
@@ -146,6 +157,37 @@ fn stage_1_losses_and_every_gradient_equal_lavis() {
 }
 
 #[test]
+fn matching_learns_from_as_many_pairs_as_it_is_told() {
+    let golden = golden("stage1.safetensors");
+    let model =
+        Params::build(weights(), WeightFormat::F32, "blip2_tiny", |p| Stage1::new(p, &config()))
+            .unwrap();
+    let texts = texts(&golden, "");
+    let with = |pairs| {
+        let draws = draws(&golden, None);
+        let found = losses_of(&model, &golden["image"], &texts, None, draws, pairs);
+        [&found.itc, &found.itg, &found.itm].map(|loss| loss.to_scalar::<f32>().unwrap())
+    };
+    let all = with(None);
+    assert_eq!(with(Some(100)), all, "no more than there are");
+
+    let some = with(Some(2));
+    assert_eq!(some[..2], all[..2], "the other losses don't care");
+    // The first two pairs, then each with its wrong picture, then each with its wrong text.
+    let Negatives { images, texts: others } = draws(&golden, None);
+    let pictures = [0, 1, images[0], images[1], 0, 1];
+    let rows = Tensor::new(&[0, 1, 0, 1, others[0], others[1]], golden["image"].device()).unwrap();
+    let picture = model.image(&golden["image"], &Dropout::off()).unwrap().picture;
+    let of = |tensor: &Tensor| tensor.index_select(&rows, 0).unwrap();
+    let (ids, tokens) = (of(&texts.ids), of(&texts.tokens));
+    let logits =
+        model.itm(&picture.select(&pictures).unwrap(), &ids, &tokens, &Dropout::off()).unwrap();
+    let expected = blip2_train::losses::itm(&logits).unwrap().to_scalar::<f32>().unwrap();
+    assert!((some[2] - expected).abs() < 1e-5, "{} instead of {expected}", some[2]);
+    assert!((all[2] - expected).abs() > 1e-3, "the other pairs count for something");
+}
+
+#[test]
 fn similarities_and_shared_pictures_equal_lavis() {
     let golden = golden("stage1.safetensors");
     let model =
@@ -183,8 +225,9 @@ fn pairs_of_one_picture_have_nothing_to_tell_apart() {
     let (off, texts) = (Dropout::off(), texts(&golden, ""));
     let ranks: Arc<dyn Communicator> = Arc::new(SingleProcess);
     let run = |ids: &[i64]| {
+        let rng = Rng::new(0, &[]);
         let context =
-            StepContext { dropout: &off, smoothing: 0.1, rng: Rng::new(0, &[]), ranks: &ranks };
+            StepContext { dropout: &off, smoothing: 0.1, itm_pairs: None, rng, ranks: &ranks };
         let batch = Stage1Batch { patches: &golden["image"], texts: &texts, image_ids: Some(ids) };
         stage1(&model, &batch, context).unwrap()
     };

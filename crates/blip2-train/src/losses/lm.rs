@@ -36,6 +36,12 @@ impl Targets {
         self.tokens.push(token);
     }
 
+    /// The tokens to predict, one for each selected row.
+    #[must_use]
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
     /// The predicting rows of `hidden` (b, t, w): (m, w), m = number of targets.
     ///
     /// # Errors
@@ -50,10 +56,10 @@ impl Targets {
     }
 }
 
-/// Mean cross-entropy of `logits` (m, vocabulary) for the selected rows.
+/// Mean cross-entropy of `logits` (m, vocabulary) for the m tokens to predict.
 ///
 /// # Errors
 /// If the number of rows is another.
-pub fn lm(logits: &Tensor, targets: &Targets, smoothing: f32) -> Result<Tensor> {
-    Ok(blip2_ops::cross_entropy(logits, &targets.tokens, smoothing)?)
+pub fn lm(logits: &Tensor, tokens: &[u32], smoothing: f32) -> Result<Tensor> {
+    Ok(blip2_ops::cross_entropy(logits, tokens, smoothing)?)
 }
