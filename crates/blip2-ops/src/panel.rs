@@ -20,7 +20,9 @@ use rayon::prelude::*;
 
 use crate::host::{self, simd};
 use crate::quant::half_to_f32;
-use crate::tile::{self, BLOCK, COLUMNS, Floats, IntRows, Ints, Isa, PAIRS, Row, Unit};
+use crate::tile::{
+    self, BLOCK, COLUMNS, Floats, IntRows, Ints, Isa, Lies, PAIRS, Packed, Row, Unit,
+};
 
 /// Positions along k that are worked on together: floats of x and of a panel that fit the second-level cache.
 const FLOAT_CHUNK: usize = 512;
@@ -387,7 +389,11 @@ impl Panels {
                     || vec![[0f32; COLUMNS]; *width],
                     |weights, (i, out)| {
                         each(i, out, &mut |panel, out| {
-                            unpack_floats(isa, *kind, &units[panel * per_panel..], weights);
+                            let units = &units[panel * per_panel..][..per_panel];
+                            if tile::reads_packed(isa, n) {
+                                return x.times_packed(isa, *kind, units, out);
+                            }
+                            unpack_floats(isa, *kind, units, weights);
                             x.times(isa, |k| Floats::F32(&weights[k]), out);
                         });
                     },
@@ -537,6 +543,41 @@ impl FloatRows {
             for rows in &self.tiles {
                 let x = &self.values[place(self.n, k, rows, 1)];
                 tile::floats(isa, x, weights, &mut out[rows.clone()]);
+            }
+        }
+    }
+}
+
+impl FloatRows {
+    /// [`Self::times`] without unpacking first, for so few rows that they are one tile: the same to the bit.
+    fn times_packed(&self, isa: Isa, kind: IntKind, units: &[Unit], out: &mut [Row]) {
+        let blocks = units.chunks_exact(kind.bytes() / 2);
+        for (x, units) in self.values.chunks_exact(kind.positions() * self.n).zip(blocks) {
+            let mut block = |positions: Range<usize>, units, lies, scale, offset| {
+                let x = &x[positions.start * self.n..positions.end * self.n];
+                tile::floats_of_packed(isa, x, &Packed { units, lies, scale, offset }, out);
+            };
+            match kind {
+                IntKind::Q8_0 => block(0..32, &units[1..], Lies::Bytes, &halves(&units[0]), None),
+                IntKind::Q4_0 => {
+                    let scale = &halves(&units[0]);
+                    block(0..16, &units[1..], Lies::Low, scale, None);
+                    block(16..32, &units[1..], Lies::High, scale, None);
+                }
+                IntKind::Q4_1 => {
+                    let (scale, offset) = (&halves(&units[0]), &halves(&units[1]));
+                    block(0..16, &units[2..], Lies::Low, scale, Some(offset));
+                    block(16..32, &units[2..], Lies::High, scale, Some(offset));
+                }
+                IntKind::Q4K => {
+                    let mut scales = [[[0.0; COLUMNS]; 2]; 8];
+                    q4_k_scales(units, &mut scales);
+                    for (i, [scale, offset]) in scales.iter().enumerate() {
+                        let units = &units[8 + i / 2 * PAIRS..][..PAIRS];
+                        let lies = if i % 2 == 0 { Lies::Low } else { Lies::High };
+                        block(i * BLOCK..(i + 1) * BLOCK, units, lies, scale, Some(offset));
+                    }
+                }
             }
         }
     }

@@ -167,6 +167,42 @@ pub(crate) fn ints(isa: Isa, x: IntRows<'_>, w: &[Ints], offsets: bool, out: &mu
     }
 }
 
+/// Where in its units a block's integers are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lies {
+    /// Signed bytes.
+    Bytes,
+    /// The lower halves of bytes.
+    Low,
+    /// The upper halves of bytes.
+    High,
+}
+
+/// Integers as they lie in memory, two positions a unit, and what turns them into numbers.
+pub(crate) struct Packed<'a> {
+    pub(crate) units: &'a [Unit],
+    pub(crate) lies: Lies,
+    /// A weight is `scale q + offset`; in halves of bytes without an offset, `scale (q - 8)`.
+    pub(crate) scale: &'a Row,
+    pub(crate) offset: Option<&'a Row>,
+}
+
+/// [`floats`] straight from packed integers, where [`reads_packed`] allows it: the weights and sums are the same to the bit.
+pub(crate) fn floats_of_packed(isa: Isa, a: &[f32], w: &Packed<'_>, out: &mut [Row]) {
+    match isa.0 {
+        // SAFETY: `available` has asked the processor for these instructions.
+        #[cfg(target_arch = "x86_64")]
+        #[expect(unsafe_code, reason = "instructions chosen at run time")]
+        Set::Avx512 => unsafe { x86::packed_avx512(a, w, out) },
+        set => unreachable!(
+            "{set:?} reads no packed weights: {} {:?} {}",
+            a.len(),
+            (w.lies, w.units, w.scale, w.offset),
+            out.len()
+        ),
+    }
+}
+
 /// Whether there are kernels that read packed integers: for so few rows that unpacking to memory first would cost more than
 /// the products.
 pub(crate) fn reads_packed(isa: Isa, rows: usize) -> bool {
@@ -295,7 +331,7 @@ mod portable {
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::{Floats, IntRows, Ints, PAIRS, Row, Unit};
+    use super::{Floats, IntRows, Ints, Lies, PAIRS, Packed, Row, Unit};
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     pub(super) fn compile_avx512(f: impl FnOnce()) {
@@ -340,6 +376,27 @@ mod x86 {
         out: &mut [Row],
     ) {
         by_rows!(out.len(), i4_avx512(x, units, scales, out); 1 2 3 4 5 6);
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    pub(super) fn packed_avx512(a: &[f32], w: &Packed<'_>, out: &mut [Row]) {
+        match (w.lies, w.offset) {
+            (Lies::Bytes, _) => {
+                by_rows!(out.len(), floats_of_avx512(a, w, |q| signed_bytes(q), out); 1 2 3 4 5 6);
+            }
+            (Lies::Low, None) => {
+                by_rows!(out.len(), floats_of_avx512(a, w, |q| signed_low(q), out); 1 2 3 4 5 6);
+            }
+            (Lies::High, None) => {
+                by_rows!(out.len(), floats_of_avx512(a, w, |q| signed_high(q), out); 1 2 3 4 5 6);
+            }
+            (Lies::Low, Some(_)) => {
+                by_rows!(out.len(), floats_of_avx512(a, w, |q| low(q), out); 1 2 3 4 5 6);
+            }
+            (Lies::High, Some(_)) => {
+                by_rows!(out.len(), floats_of_avx512(a, w, |q| high(q), out); 1 2 3 4 5 6);
+            }
+        }
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
@@ -531,6 +588,75 @@ mod x86 {
         #[expect(unsafe_code, reason = "vectors are loaded through pointers")]
         unsafe {
             _mm256_loadu_si256(part.as_ptr().cast())
+        }
+    }
+
+    /// Two signed bytes of each lane.
+    #[target_feature(enable = "avx512f")]
+    fn signed_bytes(both: __m512i) -> [__m512i; 2] {
+        let first = _mm512_slli_epi32::<24>(both);
+        let second = _mm512_slli_epi32::<16>(both);
+        [_mm512_srai_epi32::<24>(first), _mm512_srai_epi32::<24>(second)]
+    }
+
+    /// The lower halves of two bytes of each lane.
+    #[target_feature(enable = "avx512f")]
+    fn low(both: __m512i) -> [__m512i; 2] {
+        let half = _mm512_set1_epi32(15);
+        [_mm512_and_si512(both, half), _mm512_and_si512(_mm512_srli_epi32::<8>(both), half)]
+    }
+
+    /// The upper ones; above the two bytes there is nothing.
+    #[target_feature(enable = "avx512f")]
+    fn high(both: __m512i) -> [__m512i; 2] {
+        let half = _mm512_set1_epi32(15);
+        [_mm512_and_si512(_mm512_srli_epi32::<4>(both), half), _mm512_srli_epi32::<12>(both)]
+    }
+
+    #[target_feature(enable = "avx512f")]
+    fn signed_low(both: __m512i) -> [__m512i; 2] {
+        low(both).map(|q| _mm512_sub_epi32(q, _mm512_set1_epi32(8)))
+    }
+
+    #[target_feature(enable = "avx512f")]
+    fn signed_high(both: __m512i) -> [__m512i; 2] {
+        high(both).map(|q| _mm512_sub_epi32(q, _mm512_set1_epi32(8)))
+    }
+
+    /// As `f32_avx512`, with weights made on the way: `integers` takes those of two positions out of the lanes of a unit.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    fn floats_of_avx512<const R: usize>(
+        a: &[f32],
+        w: &Packed<'_>,
+        integers: impl Fn(__m512i) -> [__m512i; 2],
+        out: &mut [Row],
+    ) {
+        let Some(out) = out.first_chunk_mut::<R>() else { return };
+        let scale = [load16(w.scale, 0), load16(w.scale, 1)];
+        let offset = w.offset.map(|offset| [load16(offset, 0), load16(offset, 1)]);
+        let mut sums = [[_mm512_setzero_ps(); 2]; R];
+        for r in 0..R {
+            sums[r] = [load16(&out[r], 0), load16(&out[r], 1)];
+        }
+        for (a, unit) in a.as_chunks::<R>().0.as_chunks::<2>().0.iter().zip(w.units) {
+            for half in 0..2 {
+                let q = integers(_mm512_cvtepu16_epi32(bytes32(unit, half)));
+                for side in 0..2 {
+                    let scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(q[side]), scale[half]);
+                    let weight = match offset {
+                        Some(offset) => _mm512_add_ps(scaled, offset[half]),
+                        None => scaled,
+                    };
+                    for r in 0..R {
+                        let x = _mm512_set1_ps(a[side][r]);
+                        sums[r][half] = _mm512_fmadd_ps(x, weight, sums[r][half]);
+                    }
+                }
+            }
+        }
+        for r in 0..R {
+            store16(&mut out[r], 0, sums[r][0]);
+            store16(&mut out[r], 1, sums[r][1]);
         }
     }
 
