@@ -54,12 +54,16 @@ def write_tensors(args, name, tensors, **metadata):
     print(f"{name}.safetensors: {len(tensors)} tensors, {os.path.getsize(path)} bytes")
 
 
+def compact(item):
+    return json.dumps(item, ensure_ascii=False, separators=(",", ":"))
+
+
 def write_json(args, name, value):
     """Write NAME.json from a dict; the items of a top-level list stand one a line."""
     def text(item):
         if isinstance(item, list):
-            return "[\n  " + ",\n  ".join(json.dumps(i, ensure_ascii=False) for i in item) + "\n ]"
-        return json.dumps(item, ensure_ascii=False)
+            return "[\n  " + ",\n  ".join(compact(i) for i in item) + "\n ]"
+        return compact(item)
 
     path = os.path.join(args.out, name + ".json")
     with open(path, "w", encoding="utf-8") as file:

@@ -165,7 +165,7 @@ impl Bench<'_> {
             parts.push(Part { name: "decode + resize", cost });
         }
         let (cost, patches) =
-            Cost::of(args.repeat, || Ok(captioner.vision().vit().forward(&pixels)?))?;
+            Cost::of(args.repeat, || Ok(captioner.vision().features(&pixels)?))?;
         parts.push(Part { name: "image encoder", cost });
         let (cost, soft) = Cost::of(args.repeat, || Ok(captioner.soft_words(&patches, &prompts)?))?;
         parts.push(Part { name: "q-former", cost });

@@ -153,6 +153,13 @@ pub(crate) fn tensor(values: Vec<f32>, shape: impl Into<candle_core::Shape>) -> 
     Tensor::from_vec(values, shape.into(), &Device::Cpu)
 }
 
+/// Runs `f` on one of the threads that compute. An operation that begins there shares its work out at once; from any other
+/// thread it would wake a computing one and fall asleep, and of the small operations of a decoder's step that is half the
+/// time. Nothing in `f` may wait for other threads.
+pub fn on_computing_thread<R: Send>(f: impl FnOnce() -> R + Send) -> R {
+    rayon::scope(|_| f())
+}
+
 /// Calls `f(start, piece)` on pieces of `chunk` elements of `out`, in parallel if there are several.
 pub(crate) fn for_pieces(out: &mut [f32], chunk: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
     let chunk = chunk.max(1);

@@ -21,6 +21,24 @@ pub struct Augment {
     pub flip: f64,
 }
 
+/// Where a crop's numbers come from.
+pub trait Draw {
+    /// Uniform in [low, high).
+    fn range(&mut self, low: f64, high: f64) -> f64;
+    /// Uniform in 0..n.
+    fn below(&mut self, n: usize) -> usize;
+}
+
+impl Draw for Rng {
+    fn range(&mut self, low: f64, high: f64) -> f64 {
+        self.range(low, high)
+    }
+
+    fn below(&mut self, n: usize) -> usize {
+        self.below(n)
+    }
+}
+
 impl Augment {
     /// The reference's: area 0.5 to 1, ratio 3:4 to 4:3, mirrored half the time.
     pub fn new(side: u32) -> Self {
@@ -53,18 +71,18 @@ impl Augment {
     }
 
     /// A crop (x, y, width, height) of a `w`×`h` picture.
-    pub fn crop(&self, w: u32, h: u32, rng: &mut Rng) -> (u32, u32, u32, u32) {
+    pub fn crop(&self, w: u32, h: u32, draw: &mut impl Draw) -> (u32, u32, u32, u32) {
         let area = f64::from(w) * f64::from(h);
         let (low, high) = (self.ratio.0.ln(), self.ratio.1.ln());
         for _ in 0..10 {
-            let target = area * rng.range(self.scale.0, self.scale.1);
-            let ratio = rng.range(low, high).exp();
+            let target = area * draw.range(self.scale.0, self.scale.1);
+            let ratio = draw.range(low, high).exp();
             // Python rounds halves to even; so does this.
             let cw = (target * ratio).sqrt().round_ties_even() as u32;
             let ch = (target / ratio).sqrt().round_ties_even() as u32;
             if cw > 0 && cw <= w && ch > 0 && ch <= h {
-                let y = rng.below((h - ch + 1) as usize) as u32;
-                let x = rng.below((w - cw + 1) as usize) as u32;
+                let y = draw.below((h - ch + 1) as usize) as u32;
+                let x = draw.below((w - cw + 1) as usize) as u32;
                 return (x, y, cw, ch);
             }
         }
@@ -86,8 +104,69 @@ fn central(w: u32, h: u32, ratio: (f64, f64)) -> (u32, u32, u32, u32) {
 }
 
 #[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
+    use serde::Deserialize;
+
     use super::*;
+    use crate::checkpoint::sha256;
+
+    #[derive(Deserialize)]
+    struct Golden {
+        side: u32,
+        cases: Vec<Case>,
+    }
+
+    #[derive(Deserialize)]
+    struct Case {
+        size: [u32; 2],
+        scale: (f64, f64),
+        ratio: (f64, f64),
+        draws: Vec<f64>,
+        crop: (u32, u32, u32, u32),
+        sha256: String,
+    }
+
+    /// Numbers that somebody else has drawn.
+    struct Recorded(std::vec::IntoIter<f64>);
+
+    impl Draw for Recorded {
+        fn range(&mut self, low: f64, high: f64) -> f64 {
+            let drawn = self.0.next().unwrap();
+            // They were drawn between limits in f32.
+            assert!((low - 1e-6..=high + 1e-6).contains(&drawn), "{drawn} of {low} to {high}");
+            drawn
+        }
+
+        fn below(&mut self, n: usize) -> usize {
+            let drawn = self.0.next().unwrap() as usize;
+            assert!(drawn < n);
+            drawn
+        }
+    }
+
+    fn made_up(w: u32, h: u32) -> Rgb {
+        let value = |x: u32, y: u32, c: u32| (x * 7 + y * 13 + c * 29 + x * y % 31 * 3) as u8;
+        let row = |y| (0..w).flat_map(move |x| (0..3).map(move |c| value(x, y, c)));
+        Rgb { width: w, height: h, data: (0..h).flat_map(row).collect() }
+    }
+
+    #[test]
+    fn crops_and_their_pixels_equal_torchvision() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../golden/crops.json");
+        let golden: Golden = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        assert_eq!(golden.cases.len(), 24);
+        for Case { size: [w, h], scale, ratio, draws, crop, sha256: expected } in golden.cases {
+            let augment = Augment { side: golden.side, scale, ratio, flip: 0.0 };
+            let mut draw = Recorded(draws.into_iter());
+            let (x, y, cw, ch) = augment.crop(w, h, &mut draw);
+            assert_eq!((x, y, cw, ch), crop, "{w}x{h}, {scale:?}, {ratio:?}");
+            assert!(draw.0.next().is_none(), "{w}x{h}: as many draws");
+            let view = made_up(w, h).crop(x, y, cw, ch);
+            let view = view.resize_bicubic(golden.side, golden.side);
+            assert_eq!(sha256(&view.data), expected, "{w}x{h}, {crop:?}");
+        }
+    }
 
     #[test]
     fn crops_lie_inside_and_keep_their_share() {

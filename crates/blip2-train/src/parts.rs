@@ -269,7 +269,9 @@ impl Base {
 pub fn vision_key(model: &Model) -> Result<serde_json::Value> {
     let part = &model.manifest.vision;
     Ok(match &part.weights {
-        PartFile::Mini => json!({"mini": part.config.image_size}),
+        PartFile::Mini => {
+            json!({"mini": assets::mini_vit_id(), "image_size": part.config.image_size})
+        }
         PartFile::File(name) => json!(sha256(&model.files().read(name)?)),
         PartFile::Path(path) => {
             let hash = assets::hash_file(path).map_err(Error::io(path))?;

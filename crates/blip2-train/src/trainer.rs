@@ -14,7 +14,7 @@ use std::thread::Scope;
 use std::time::{Duration, Instant};
 
 use blip2::params::ParamStore;
-use blip2_ops::{Communicator, Dropout};
+use blip2_ops::{Communicator, Dropout, on_computing_thread};
 use candle_core::Tensor;
 use candle_core::backprop::GradStore;
 
@@ -33,7 +33,7 @@ pub const MODEL: &str = "model.safetensors";
 /// Where batches come from. Loader threads share it.
 pub trait Source: Sync {
     /// A loaded micro-batch.
-    type Batch: Send;
+    type Batch: Send + Sync;
 
     /// The number of samples.
     fn samples(&self) -> usize;
@@ -49,7 +49,7 @@ pub trait Source: Sync {
 }
 
 /// What is trained: a source of batches, a model, a loss.
-pub trait Task {
+pub trait Task: Sync {
     /// Where batches come from.
     type Source: Source;
 
@@ -470,7 +470,10 @@ impl<'a, T: Task> Trainer<'a, T> {
             let batch = batches.next()?;
             waited += before.elapsed();
             let draws = Draws::new(self.recipe.seed, self.step, micro, self.order.rank);
-            let output = self.task.step(&batch, draws, &self.run.ranks)?;
+            let step = || self.task.step(&batch, draws, &self.run.ranks);
+            // Ranks wait for each other, and where several are in one process, they must not fill all threads with that.
+            let alone = self.run.ranks.world() == 1;
+            let output = if alone { on_computing_thread(step) } else { step() }?;
             self.gradients.add_loss(output.loss, share);
             if let Some(grads) = &output.grads {
                 self.gradients.add(self.task.params(), grads, share)?;

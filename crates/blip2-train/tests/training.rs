@@ -2,12 +2,11 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use blip2::params::ParamStore;
 use blip2_ops::{Communicator, SingleProcess, linear};
@@ -401,7 +400,7 @@ struct Toy {
     broken: Vec<u64>,
     /// Steps that hold nothing to learn.
     idle: Vec<u64>,
-    step: Cell<u64>,
+    step: AtomicU64,
 }
 
 struct ToySource {
@@ -457,7 +456,7 @@ impl Toy {
             source: ToySource { samples: 50, fail_at: None },
             broken: Vec::new(),
             idle: Vec::new(),
-            step: Cell::new(0),
+            step: AtomicU64::new(0),
         }
     }
 
@@ -483,7 +482,7 @@ impl Task for Toy {
         draws: Draws,
         _ranks: &Arc<dyn Communicator>,
     ) -> Result<StepOutput> {
-        self.step.set(*step);
+        self.step.store(*step, Ordering::Relaxed);
         if self.idle.contains(step) {
             return Ok(StepOutput::nothing("all samples are the same"));
         }
@@ -645,7 +644,7 @@ fn a_step_that_is_not_finite_changes_nothing_and_too_many_in_a_row_end_the_run()
     toy.broken = (20..40).collect();
     let err = go(&toy, &dir.path().join("b"), Resume::No, &mut Notes::default(), &[]).unwrap_err();
     assert!(err.to_string().contains("10 steps in a row were not finite"), "{err}");
-    assert_eq!(toy.step.get(), 29);
+    assert_eq!(toy.step.load(Ordering::Relaxed), 29);
 }
 
 #[test]

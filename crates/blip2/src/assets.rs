@@ -76,6 +76,12 @@ pub fn mini_vit(check: Check, progress: Progress<'_>) -> Result<PathBuf> {
     Ok(Cache::at(&cache_dir()?)?.obtain(&VIT, check, progress)?.remove(0))
 }
 
+/// What decides the weights of mini's image encoder: the sha256 of the file they are made of, and the version of the making.
+#[must_use]
+pub fn mini_vit_id() -> String {
+    VIT.parts.iter().map(|part| format!("{} {}", part.sha256, part.make.version())).collect()
+}
+
 /// Only the language model of [`mini_parts`].
 ///
 /// # Errors

@@ -13,13 +13,14 @@
 //! Letters: `batch` pictures, `rows` sequences now being extended, `v` vocabulary.
 
 use blip2_ops::log_sum_exp;
+use blip2_ops::on_computing_thread;
 use candle_core::Tensor;
 use rayon::prelude::*;
 
 use crate::{Error, Result};
 
 /// A model that extends a few rows of ids by one token at a time.
-pub trait StepModel {
+pub trait StepModel: Send {
     /// Reads the prompt. Gives the logits `(batch, v)` of the token that follows it.
     fn start(&mut self) -> Result<Tensor>;
     /// Appends one id to each row. Gives the logits `(rows, v)` of the token that follows.
@@ -168,6 +169,14 @@ pub fn generate(
     if batch == 0 {
         return Ok(Vec::new());
     }
+    on_computing_thread(|| search(model, batch, options))
+}
+
+fn search(
+    model: &mut dyn StepModel,
+    batch: usize,
+    options: &Options,
+) -> Result<Vec<Vec<Hypothesis>>> {
     let logits = Logits::new(&model.start()?, batch)?;
     match &options.strategy {
         Strategy::Greedy => one_by_one(model, logits, options, None),

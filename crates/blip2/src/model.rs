@@ -8,7 +8,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
 
-use blip2_ops::{Dropout, WeightFormat};
+use blip2_ops::{Dropout, WeightFormat, on_computing_thread};
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
@@ -524,7 +524,15 @@ impl Vision {
     /// # Errors
     /// Only if a tensor operation fails.
     pub fn encode(&self, pictures: &[Rgb]) -> Result<Tensor> {
-        self.vit.forward(&self.pixels(pictures)?)
+        self.features(&self.pixels(pictures)?)
+    }
+
+    /// Normalised pixels (b, 3, size, size) → features (b, tokens, width).
+    ///
+    /// # Errors
+    /// If the size is another.
+    pub fn features(&self, pixels: &Tensor) -> Result<Tensor> {
+        on_computing_thread(|| self.vit.forward(pixels))
     }
 
     /// Pictures of any size → normalised pixels (b, 3, size, size), resized as PIL does.
@@ -640,19 +648,19 @@ impl Captioner {
     /// # Errors
     /// If there are not as many questions as pictures.
     pub fn soft_words(&self, patches: &Tensor, questions: &[&str]) -> Result<Tensor> {
-        let (b, off) = (patches.dim(0)?, Dropout::off());
+        let b = patches.dim(0)?;
         if questions.len() != b {
             return Err(Error::Config(format!("{} questions for {b} pictures", questions.len())));
         }
         let Some(word_pieces) = &self.word_pieces else {
-            return self.bridge.soft_words(patches, &off);
+            return on_computing_thread(|| self.bridge.soft_words(patches, &Dropout::off()));
         };
         let padding =
             Padding { max_len: MAX_QUESTION_LEN, side: Side::Right, width: Width::Longest };
         let batch = word_pieces.encode_batch(questions, true, padding)?;
         let rows: Vec<u32> = (0..b as u32).collect();
         let text = (&batch.ids, &batch.mask_tensor()?);
-        self.bridge.soft_words_asked(patches, &rows, text, &off)
+        self.bridge.soft_words_asked(patches, &rows, text, &Dropout::off())
     }
 
     /// For each picture, as its soft words (b, queries, l), and its prompt, the best texts.
