@@ -1,10 +1,11 @@
-"""A training step of mini, both stages, here and in PyTorch: the same weights, batch and threads, in one run.
+"""A training step, both stages, here and in PyTorch: the same weights, batch and threads, in one run.
 
     cargo build --release -p blip2-train --example bench_step
-    python benches/train_step.py [--threads 2] [--steps 4] [--rounds 2] [--precision f32|bf16]
+    python benches/train_step.py [--threads 2] [--steps 4] [--rounds 2] [--precision f32|bf16] [--shape mini|base]
 
 needs torch, numpy and safetensors (golden/requirements.txt). The two programs take turns; what counts is the median of
-each. Before that both losses, without dropout, must agree. bf16: mixed precision in both, in PyTorch by autocast.
+each. Before that both losses, without dropout, must agree. bf16: mixed precision in both, in PyTorch by autocast. base: the published Q-Former behind CLIP ViT-L, 8 pictures, in front of
+OPT-350m.
 """
 
 import argparse
@@ -19,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-HEADS, DEPTH, QUERIES, DEC = 12, 6, 16, 30522
+HEADS, DEC = 12, 30522
 LLM_HEADS, LLM_KV_HEADS, LLM_DEPTH, ROPE_BASE = 9, 3, 30, 100000.0
+OPT_HEADS, OPT_DEPTH = 16, 24
 
 
 class Weights:
@@ -43,6 +45,8 @@ class Weights:
 class QFormer:
     def __init__(self, weights, dropout):
         self.w, self.p = weights, dropout
+        self.queries = weights.all["query_tokens"].shape[1]
+        self.depth = sum(name.endswith(".self_attn.q.weight") for name in weights.all if name.startswith("qformer."))
 
     def drop(self, x):
         return F.dropout(x, self.p) if self.p else x
@@ -63,7 +67,7 @@ class QFormer:
         return self.w.norm(x + self.drop(y), name + ".norm")
 
     def picture(self, patches):
-        names = [f"qformer.layers.{i}.cross_attn" for i in range(0, DEPTH, 2)]
+        names = [f"qformer.layers.{i}.cross_attn" for i in range(0, self.depth, 2)]
         return {n: (self.w.linear(patches, n + ".k"), self.w.linear(patches, n + ".v")) for n in names}
 
     def enter(self, x):
@@ -75,7 +79,7 @@ class QFormer:
 
     def run(self, x, picture=None, queries=0, cache=None, keep=None, mask=None):
         """x holds `queries` queries, then text; `cache` are keys and values before it, `keep` collects them."""
-        for i in range(DEPTH):
+        for i in range(self.depth):
             layer = f"qformer.layers.{i}."
             k, v = (self.w.linear(x, f"{layer}self_attn.{part}") for part in "kv")
             if keep is not None:
@@ -89,7 +93,7 @@ class QFormer:
                 if layer + "cross_attn" in picture:
                     q = self.attend(q, *picture[layer + "cross_attn"], layer + "cross_attn", None)
                 parts.append(self.feed_forward(q, layer + "ffn_query"))
-            if x.shape[1] > queries and not (queries and i + 1 == DEPTH):
+            if x.shape[1] > queries and not (queries and i + 1 == self.depth):
                 parts.append(self.feed_forward(x[:, queries:], layer + "ffn_text"))
             x = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         return x
@@ -101,7 +105,7 @@ def stage1_loss(weights, patches, ids, dropout):
     picture = former.picture(w.norm(patches, "ln_vision", 1e-5))
     tokens = w.all["query_tokens"].expand(b, -1, -1)
     keep = []
-    queries = former.run(former.enter(tokens), picture, QUERIES, keep=keep)
+    queries = former.run(former.enter(tokens), picture, former.queries, keep=keep)
     text = former.run(former.enter(former.embed(ids)))
     image = F.normalize(w.linear(queries, "vision_proj"), dim=-1)
     text = F.normalize(w.linear(text[:, 0], "text_proj"), dim=-1)
@@ -113,12 +117,12 @@ def stage1_loss(weights, patches, ids, dropout):
     pictures, texts = torch.cat([own, other, own]), torch.cat([own, own, other])
     joined = torch.cat([w.all["query_tokens"].expand(3 * b, -1, -1), former.embed(ids[texts])], 1)
     rows = {n: (k[pictures], v[pictures]) for n, (k, v) in picture.items()}
-    out = former.run(former.enter(joined), rows, QUERIES)
+    out = former.run(former.enter(joined), rows, former.queries)
     itm = F.cross_entropy(w.linear(out, "itm_head").mean(1), (torch.arange(3 * b) < b).long())
 
     start = ids.clone()
     start[:, 0] = DEC
-    causal = torch.cat([torch.ones(t, QUERIES), torch.ones(t, t).tril()], 1).bool()
+    causal = torch.cat([torch.ones(t, former.queries), torch.ones(t, t).tril()], 1).bool()
     hidden = former.run(former.enter(former.embed(start)), cache=keep, mask=causal)[:, :-1]
     hidden = w.norm(F.gelu(w.linear(hidden, "qformer.lm_head.dense")), "qformer.lm_head.norm")
     logits = F.linear(hidden, w.all["qformer.word_embeddings.weight"], w.all["qformer.lm_head.bias"])
@@ -154,13 +158,32 @@ def llama(w, x):
     return rms_norm(x, w.all["model.norm.weight"])
 
 
+def opt(w, x):
+    """OPT-350m's blocks, their norms behind the branches; x already as wide as they are."""
+    b, t, width = x.shape
+    x = x + w.all["model.decoder.embed_positions.weight"][2 : t + 2]
+    norm = lambda x, name: F.layer_norm(x, (width,), w.all[name + ".weight"], w.all[name + ".bias"], 1e-5)
+    for i in range(OPT_DEPTH):
+        layer = f"model.decoder.layers.{i}."
+        q, k, v = (w.linear(x, f"{layer}self_attn.{n}_proj").view(b, t, OPT_HEADS, -1).transpose(1, 2) for n in "qkv")
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, t, width)
+        x = norm(x + w.linear(y, layer + "self_attn.out_proj"), layer + "self_attn_layer_norm")
+        x = norm(x + w.linear(F.relu(w.linear(x, layer + "fc1")), layer + "fc2"), layer + "final_layer_norm")
+    return x
+
+
 def stage2_loss(weights, patches, ids, dropout):
     former, w = QFormer(weights, dropout), weights
     picture = former.picture(w.norm(patches, "ln_vision", 1e-5))
-    queries = former.run(former.enter(w.all["query_tokens"].expand(len(ids), -1, -1)), picture, QUERIES)
-    words = w.all["model.embed_tokens.weight"]
-    x = torch.cat([w.linear(queries, "llm_proj"), F.embedding(ids, words)], 1)
-    hidden = llama(w, x)[:, QUERIES - 1 : -1]
+    queries = w.all["query_tokens"].expand(len(ids), -1, -1)
+    soft = w.linear(former.run(former.enter(queries), picture, former.queries), "llm_proj")
+    if "model.embed_tokens.weight" in w.all:
+        words = w.all["model.embed_tokens.weight"]
+        hidden = llama(w, torch.cat([soft, F.embedding(ids, words)], 1))[:, former.queries - 1 : -1]
+    else:
+        words = w.all["model.decoder.embed_tokens.weight"]
+        hidden = opt(w, torch.cat([soft, w.linear(F.embedding(ids, words), "model.decoder.project_in")], 1))
+        hidden = w.linear(hidden[:, former.queries - 1 : -1], "model.decoder.project_out")
     return F.cross_entropy(F.linear(hidden, words).flatten(0, 1), ids.flatten())
 
 
@@ -201,6 +224,7 @@ def main():
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--precision", choices=["f32", "bf16"], default="f32")
+    parser.add_argument("--shape", choices=["mini", "base"], default="mini")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     ours, theirs = [], []
@@ -208,10 +232,10 @@ def main():
         path = os.path.join(folder, "step.safetensors")
         for _ in range(args.rounds):
             env = {**os.environ, "RAYON_NUM_THREADS": str(args.threads)}
-            out = subprocess.run([args.program, path, str(args.steps), args.precision], env=env, check=True, capture_output=True)
+            out = subprocess.run([args.program, path, str(args.steps), args.precision, args.shape], env=env, check=True, capture_output=True)
             ours.append(json.loads(out.stdout))
             theirs.append(pytorch(path, args.steps, args.precision))
-    print(f"torch {torch.__version__}, {args.threads} threads, {args.rounds} rounds of {args.steps} steps, {args.precision}")
+    print(f"torch {torch.__version__}, {args.threads} threads, {args.rounds} rounds of {args.steps} steps, {args.precision}, {args.shape}")
     for stage in ("stage1", "stage2"):
         a, b = ours[0][stage]["loss"], theirs[0][stage]["loss"]
         assert abs(a - b) < (1e-3 if args.precision == "f32" else 1e-2) * abs(b), f"{stage}: losses differ: {a} here, {b} in PyTorch"

@@ -1,7 +1,8 @@
-//! How long a training step of mini takes, stage 1 and stage 2, on synthetic pictures and texts of its real shapes.
+//! How long a training step takes, stage 1 and stage 2, on synthetic pictures and texts of real shapes: mini's, or `base`, the
+//! published Q-Former behind CLIP ViT-L in front of OPT-350m.
 //!
 //! ```sh
-//! cargo run --release -p blip2-train --example bench_step -- step.safetensors [STEPS [f32|bf16]]
+//! cargo run --release -p blip2-train --example bench_step -- step.safetensors [STEPS [f32|bf16 [mini|base]]]
 //! ```
 //!
 //! Writes weights and batch to the file, so that `benches/train_step.py`, which calls this, takes the very same step in
@@ -12,10 +13,10 @@
 static GLOBAL: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use blip2::llama::{Llama, LlamaConfig};
 use blip2::llm::Llm;
 use blip2::params::ParamStore;
 use blip2::qformer::QFormerConfig;
@@ -33,10 +34,48 @@ use serde_json::json;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-/// Pictures of a batch, tokens per picture, word pieces per text.
-const STAGE1: (usize, usize, usize) = (64, 145, 12);
-/// The same for stage 2; its texts are token ids of the language model.
-const STAGE2: (usize, usize, usize) = (32, 145, 16);
+/// What is trained, and on how much.
+struct Shape {
+    qformer: QFormerConfig,
+    /// Pictures of a batch, tokens per picture, word pieces per text.
+    stage1: (usize, usize, usize),
+    /// The same for stage 2; its texts are token ids of the language model.
+    stage2: (usize, usize, usize),
+    /// `config.json` of the language model.
+    llm: serde_json::Value,
+}
+
+fn shape(name: &str) -> Result<Shape> {
+    Ok(match name {
+        "mini" => Shape {
+            qformer: QFormerConfig {
+                width: 384,
+                depth: 6,
+                mlp_width: 1536,
+                num_queries: 16,
+                ..QFormerConfig::base(384)
+            },
+            stage1: (64, 145, 12),
+            stage2: (32, 145, 16),
+            llm: json!({
+                "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+                "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+                "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 100000.0,
+                "hidden_act": "silu", "tie_word_embeddings": true, "bos_token_id": 1, "eos_token_id": 2,
+            }),
+        },
+        "base" => Shape {
+            qformer: QFormerConfig::base(1024),
+            stage1: (8, 257, 16),
+            stage2: (8, 257, 16),
+            llm: json!({
+                "model_type": "opt", "hidden_size": 1024, "ffn_dim": 4096, "num_hidden_layers": 24,
+                "num_attention_heads": 16, "word_embed_proj_dim": 512, "do_layer_norm_before": false,
+            }),
+        },
+        other => return Err(format!("{other}: mini or base").into()),
+    })
+}
 
 fn main() -> Result<()> {
     let mut args = std::env::args().skip(1);
@@ -47,22 +86,17 @@ fn main() -> Result<()> {
         Some("bf16") => Some(MixedPrecision::start().ok_or("no AVX-512 BF16 here")?),
         Some(other) => return Err(format!("{other}: f32 or bf16").into()),
     };
+    let shape = shape(args.next().as_deref().unwrap_or("mini"))?;
     let mut dump = HashMap::new();
-    let first = bench_stage1(steps, &mut dump)?;
-    let second = bench_stage2(steps, &mut dump)?;
+    let first = bench_stage1(&shape, steps, &mut dump)?;
+    let second = bench_stage2(&shape, steps, &mut dump)?;
     candle_core::safetensors::save(&dump, path)?;
     println!("{}", json!({"stage1": first, "stage2": second}));
     Ok(())
 }
 
-fn config() -> Stage1Config {
-    let qformer = QFormerConfig {
-        width: 384,
-        depth: 6,
-        mlp_width: 1536,
-        num_queries: 16,
-        ..QFormerConfig::base(384)
-    };
+fn config(shape: &Shape) -> Stage1Config {
+    let qformer = shape.qformer.clone();
     Stage1Config { qformer, embed_dim: 256, ln_vision_eps: 1e-5, matching_only: false }
 }
 
@@ -105,9 +139,13 @@ fn time(
     Ok(json!({"loss": value, "seconds": seconds}))
 }
 
-fn bench_stage1(steps: u64, dump: &mut HashMap<String, Tensor>) -> Result<serde_json::Value> {
-    let (b, p, t) = STAGE1;
-    let config = config();
+fn bench_stage1(
+    shape: &Shape,
+    steps: u64,
+    dump: &mut HashMap<String, Tensor>,
+) -> Result<serde_json::Value> {
+    let (b, p, t) = shape.stage1;
+    let config = config(shape);
     let params = ParamStore::new(init::stage1(&config, BTreeMap::new(), 1)?)?;
     let model = params.build(|p| Stage1::new(p, &config))?;
     let patches = normal(&[b, p, config.qformer.encoder_width], 2, 1.0)?;
@@ -133,10 +171,16 @@ fn bench_stage1(steps: u64, dump: &mut HashMap<String, Tensor>) -> Result<serde_
     })
 }
 
-fn bench_stage2(steps: u64, dump: &mut HashMap<String, Tensor>) -> Result<serde_json::Value> {
-    let (b, p, t) = STAGE2;
-    let config = config();
-    let (llm, weights) = language_model()?;
+fn bench_stage2(
+    shape: &Shape,
+    steps: u64,
+    dump: &mut HashMap<String, Tensor>,
+) -> Result<serde_json::Value> {
+    let (b, p, t) = shape.stage2;
+    let config = config(shape);
+    let weights = language_weights(&shape.llm)?;
+    let stored = weights.iter().map(|(name, t)| (name.clone(), t.clone().into())).collect();
+    let llm = Llm::from_hf(&shape.llm, stored, WeightFormat::F32, Path::new("the benchmark"))?;
     let stage1 = init::stage1(&config, BTreeMap::new(), 1)?;
     let params = ParamStore::new(init::stage2(&stage1, llm.width(), Some(0.1), 5, None)?)?;
     let config = Stage2Config {
@@ -161,41 +205,66 @@ fn bench_stage2(steps: u64, dump: &mut HashMap<String, Tensor>) -> Result<serde_
     time(&params, steps, |dropout| Ok(stage2(&model, &llm, &patches, &texts, dropout)?))
 }
 
-/// A language model of SmolLM2-135M's shape with random weights, and those weights.
-fn language_model() -> Result<(Llm, BTreeMap<String, Tensor>)> {
-    let json = json!({
-        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
-        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-        "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 100000.0,
-        "hidden_act": "silu", "tie_word_embeddings": true, "bos_token_id": 1, "eos_token_id": 2,
-    });
-    let config = LlamaConfig::from_hf(&json.to_string())?;
+/// Random weights for a language model, under transformers' names.
+fn language_weights(config: &serde_json::Value) -> Result<BTreeMap<String, Tensor>> {
+    let size = |name: &str| config[name].as_u64().map(|n| n as usize).ok_or(format!("no {name}"));
     let mut tensors = BTreeMap::new();
     let mut add = |name: String, shape: &[usize]| -> Result<()> {
         let tensor = match shape {
+            [width] if name.ends_with("bias") => Tensor::zeros(*width, DType::F32, &Device::Cpu)?,
             [width] => Tensor::ones(*width, DType::F32, &Device::Cpu)?,
             _ => normal(shape, tensors.len() as u64, 0.02)?,
         };
         tensors.insert(name, tensor);
         Ok(())
     };
-    let (w, f, kv) = (config.width, config.ffn_width, config.num_kv_heads * config.head_width);
-    add("model.embed_tokens.weight".into(), &[config.vocab_size, w])?;
-    add("model.norm.weight".into(), &[w])?;
-    for i in 0..config.depth {
+    let (w, depth) = (size("hidden_size")?, size("num_hidden_layers")?);
+    if config["model_type"] == "llama" {
+        let f = size("intermediate_size")?;
+        let kv = w / size("num_attention_heads")? * size("num_key_value_heads")?;
+        add("model.embed_tokens.weight".into(), &[size("vocab_size")?, w])?;
+        add("model.norm.weight".into(), &[w])?;
+        for i in 0..depth {
+            for (part, shape) in [
+                ("input_layernorm", &[w][..]),
+                ("post_attention_layernorm", &[w]),
+                ("self_attn.q_proj", &[w, w]),
+                ("self_attn.k_proj", &[kv, w]),
+                ("self_attn.v_proj", &[kv, w]),
+                ("self_attn.o_proj", &[w, w]),
+                ("mlp.gate_proj", &[f, w]),
+                ("mlp.up_proj", &[f, w]),
+                ("mlp.down_proj", &[w, f]),
+            ] {
+                add(format!("model.layers.{i}.{part}.weight"), shape)?;
+            }
+        }
+        return Ok(tensors);
+    }
+    let (f, words) = (size("ffn_dim")?, size("word_embed_proj_dim")?);
+    for (part, shape) in [
+        ("embed_tokens", [50272, words]),
+        ("embed_positions", [2050, w]),
+        ("project_in", [w, words]),
+        ("project_out", [words, w]),
+    ] {
+        add(format!("model.decoder.{part}.weight"), &shape)?;
+    }
+    for i in 0..depth {
         for (part, shape) in [
-            ("input_layernorm", &[w][..]),
-            ("post_attention_layernorm", &[w]),
-            ("self_attn.q_proj", &[w, w]),
-            ("self_attn.k_proj", &[kv, w]),
-            ("self_attn.v_proj", &[kv, w]),
-            ("self_attn.o_proj", &[w, w]),
-            ("mlp.gate_proj", &[f, w]),
-            ("mlp.up_proj", &[f, w]),
-            ("mlp.down_proj", &[w, f]),
+            ("self_attn.q_proj", &[w, w][..]),
+            ("self_attn.k_proj", &[w, w]),
+            ("self_attn.v_proj", &[w, w]),
+            ("self_attn.out_proj", &[w, w]),
+            ("self_attn_layer_norm", &[w]),
+            ("fc1", &[f, w]),
+            ("fc2", &[w, f]),
+            ("final_layer_norm", &[w]),
         ] {
-            add(format!("model.layers.{i}.{part}.weight"), shape)?;
+            let name = format!("model.decoder.layers.{i}.{part}");
+            add(format!("{name}.weight"), shape)?;
+            add(format!("{name}.bias"), &shape[..1])?;
         }
     }
-    Ok((Llm::Llama(Llama::from_hf(config, &tensors, WeightFormat::F32)?), tensors))
+    Ok(tensors)
 }
