@@ -21,7 +21,7 @@ use rayon::prelude::*;
 use crate::host::{self, simd};
 use crate::quant::half_to_f32;
 use crate::tile::{
-    self, BLOCK, COLUMNS, Floats, IntRows, Ints, Isa, Lies, PAIRS, Packed, Row, Unit,
+    self, BLOCK, COLUMNS, Floats, IntRows, Ints, Isa, Lies, PAIRS, Packed, PackedIsa, Row, Unit,
 };
 
 /// Positions along k that are worked on together: floats of x and of a panel that fit the second-level cache.
@@ -390,8 +390,11 @@ impl Panels {
                     |weights, (i, out)| {
                         each(i, out, &mut |panel, out| {
                             let units = &units[panel * per_panel..][..per_panel];
-                            if tile::reads_packed(isa, n) {
-                                return x.times_packed(isa, *kind, units, out);
+                            if let Some(packed) = isa.packed(n) {
+                                return isa.compile(
+                                    #[inline(always)]
+                                    || x.times_packed(packed, *kind, units, out),
+                                );
                             }
                             unpack_floats(isa, *kind, units, weights);
                             x.times(isa, |k| Floats::F32(&weights[k]), out);
@@ -550,7 +553,8 @@ impl FloatRows {
 
 impl FloatRows {
     /// [`Self::times`] without unpacking first, for so few rows that they are one tile: the same to the bit.
-    fn times_packed(&self, isa: Isa, kind: IntKind, units: &[Unit], out: &mut [Row]) {
+    #[inline(always)]
+    fn times_packed(&self, isa: PackedIsa, kind: IntKind, units: &[Unit], out: &mut [Row]) {
         let blocks = units.chunks_exact(kind.bytes() / 2);
         for (x, units) in self.values.chunks_exact(kind.positions() * self.n).zip(blocks) {
             let mut block = |positions: Range<usize>, units, lies, scale, offset| {
@@ -653,22 +657,20 @@ impl QuantisedRows {
 
 /// The product of a few rows without unpacking first, where there is a kernel for it; false where there is none.
 fn straight(isa: Isa, kind: IntKind, x: IntRows<'_>, units: &[Unit], out: &mut [Row]) -> bool {
+    let Some(packed) = isa.packed(out.len()) else { return false };
     match kind {
-        IntKind::Q8_0 if tile::reads_packed(isa, out.len()) => {
-            tile::ints_of_bytes(isa, x, units, out);
-            true
-        }
-        IntKind::Q4K if tile::reads_packed(isa, out.len()) => {
+        IntKind::Q8_0 => tile::ints_of_bytes(packed, x, units, out),
+        IntKind::Q4K => {
             let mut scales = [[[0.0; COLUMNS]; 2]; 8];
             isa.compile(
                 #[inline(always)]
                 || q4_k_scales(units, &mut scales),
             );
-            tile::ints_of_nibbles(isa, x, &units[8..], &scales, out);
-            true
+            tile::ints_of_nibbles(packed, x, &units[8..], &scales, out);
         }
-        _ => false,
+        IntKind::Q4_0 | IntKind::Q4_1 => return false,
     }
+    true
 }
 
 /// A chunk and a tile to quantise, and where to.

@@ -94,6 +94,16 @@ impl Isa {
         }
     }
 
+    /// Kernels that read packed integers, where there are some: for so few rows that unpacking to memory first would cost more
+    /// than the products.
+    pub(crate) fn packed(self, rows: usize) -> Option<PackedIsa> {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512 if rows <= self.int_rows() => Some(PackedIsa(PackedSet::Avx512)),
+            _ => None,
+        }
+    }
+
     /// Most rows of a tile of integers, which has two sums for each result.
     pub(crate) fn int_rows(self) -> usize {
         match self.0 {
@@ -101,6 +111,16 @@ impl Isa {
             Set::Avx2 | Set::Portable => 2,
         }
     }
+}
+
+/// Instructions with kernels that read packed integers; only [`Isa::packed`] makes one.
+#[derive(Clone, Copy)]
+pub(crate) struct PackedIsa(PackedSet);
+
+#[derive(Clone, Copy)]
+enum PackedSet {
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
 }
 
 /// Weights of a panel, one row of columns for each k.
@@ -187,47 +207,30 @@ pub(crate) struct Packed<'a> {
     pub(crate) offset: Option<&'a Row>,
 }
 
-/// [`floats`] straight from packed integers, where [`reads_packed`] allows it: the weights and sums are the same to the bit.
-pub(crate) fn floats_of_packed(isa: Isa, a: &[f32], w: &Packed<'_>, out: &mut [Row]) {
+/// [`floats`] straight from packed integers: the weights and sums are the same to the bit.
+pub(crate) fn floats_of_packed(isa: PackedIsa, a: &[f32], w: &Packed<'_>, out: &mut [Row]) {
     match isa.0 {
         // SAFETY: `available` has asked the processor for these instructions.
         #[cfg(target_arch = "x86_64")]
         #[expect(unsafe_code, reason = "instructions chosen at run time")]
-        Set::Avx512 => unsafe { x86::packed_avx512(a, w, out) },
-        set => unreachable!(
-            "{set:?} reads no packed weights: {} {:?} {}",
-            a.len(),
-            (w.lies, w.units, w.scale, w.offset),
-            out.len()
-        ),
+        PackedSet::Avx512 => unsafe { x86::packed_avx512(a, w, out) },
     }
 }
 
-/// Whether there are kernels that read packed integers: for so few rows that unpacking to memory first would cost more than
-/// the products.
-pub(crate) fn reads_packed(isa: Isa, rows: usize) -> bool {
-    isa.0 == Set::Avx512 && rows <= isa.int_rows()
-}
-
-/// [`ints`] straight from the bytes of 8-bit blocks (two of scale, 32 integers), where [`reads_packed`] allows it.
-pub(crate) fn ints_of_bytes(isa: Isa, x: IntRows<'_>, units: &[Unit], out: &mut [Row]) {
+/// [`ints`] straight from the bytes of 8-bit blocks (two of scale, 32 integers).
+pub(crate) fn ints_of_bytes(isa: PackedIsa, x: IntRows<'_>, units: &[Unit], out: &mut [Row]) {
     match isa.0 {
         // SAFETY: `available` has asked the processor for these instructions.
         #[cfg(target_arch = "x86_64")]
         #[expect(unsafe_code, reason = "instructions chosen at run time")]
-        Set::Avx512 => unsafe { x86::bytes_avx512(x, units, out) },
-        set => unreachable!(
-            "{set:?} reads no packed bytes: {} {}",
-            x.pairs.len(),
-            units.len() + out.len()
-        ),
+        PackedSet::Avx512 => unsafe { x86::bytes_avx512(x, units, out) },
     }
 }
 
 /// [`ints_of_bytes`] for pairs of blocks whose integers are the lower and the upper halves of the same 16 units, with the
 /// scale and the offset of each block.
 pub(crate) fn ints_of_nibbles(
-    isa: Isa,
+    isa: PackedIsa,
     x: IntRows<'_>,
     units: &[Unit],
     scales: &[[Row; 2]],
@@ -237,12 +240,7 @@ pub(crate) fn ints_of_nibbles(
         // SAFETY: `available` has asked the processor for these instructions.
         #[cfg(target_arch = "x86_64")]
         #[expect(unsafe_code, reason = "instructions chosen at run time")]
-        Set::Avx512 => unsafe { x86::nibbles_avx512(x, units, scales, out) },
-        set => unreachable!(
-            "{set:?} reads no packed nibbles: {} {}",
-            x.pairs.len() + scales.len(),
-            units.len() + out.len()
-        ),
+        PackedSet::Avx512 => unsafe { x86::nibbles_avx512(x, units, scales, out) },
     }
 }
 
@@ -425,6 +423,24 @@ mod x86 {
         }
     }
 
+    /// Both vectors of every row.
+    #[target_feature(enable = "avx512f")]
+    fn load_rows<const R: usize>(rows: &[Row; R]) -> [[__m512; 2]; R] {
+        let mut loaded = [[_mm512_setzero_ps(); 2]; R];
+        for (loaded, row) in loaded.iter_mut().zip(rows) {
+            *loaded = [load16(row, 0), load16(row, 1)];
+        }
+        loaded
+    }
+
+    #[target_feature(enable = "avx512f")]
+    fn store_rows<const R: usize>(rows: &mut [Row; R], values: [[__m512; 2]; R]) {
+        for (row, [left, right]) in rows.iter_mut().zip(values) {
+            store16(row, 0, left);
+            store16(row, 1, right);
+        }
+    }
+
     #[target_feature(enable = "avx512f")]
     fn halves16(row: &[u16; 32], i: usize) -> __m512 {
         let part = &row.as_chunks::<16>().0[i];
@@ -490,10 +506,7 @@ mod x86 {
             #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
             fn $name<const R: usize>(a: &[f32], w: &[[$weight; 32]], out: &mut [Row]) {
                 let Some(out) = out.first_chunk_mut::<R>() else { return };
-                let mut sums = [[_mm512_setzero_ps(); 2]; R];
-                for r in 0..R {
-                    sums[r] = [load16(&out[r], 0), load16(&out[r], 1)];
-                }
+                let mut sums = load_rows(out);
                 for (a, w) in a.as_chunks::<R>().0.iter().zip(w) {
                     let (left, right) = ($load(w, 0), $load(w, 1));
                     for r in 0..R {
@@ -502,10 +515,7 @@ mod x86 {
                         sums[r][1] = _mm512_fmadd_ps(x, right, sums[r][1]);
                     }
                 }
-                for r in 0..R {
-                    store16(&mut out[r], 0, sums[r][0]);
-                    store16(&mut out[r], 1, sums[r][1]);
-                }
+                store_rows(out, sums);
             }
         };
     }
@@ -547,10 +557,7 @@ mod x86 {
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     fn i16_avx512<const R: usize>(x: IntRows<'_>, w: &[Ints], offsets: bool, out: &mut [Row]) {
         let Some(out) = out.first_chunk_mut::<R>() else { return };
-        let mut results = [[_mm512_setzero_ps(); 2]; R];
-        for r in 0..R {
-            results[r] = [load16(&out[r], 0), load16(&out[r], 1)];
-        }
+        let mut results = load_rows(out);
         let blocks = x.pairs.as_chunks::<R>().0.as_chunks::<PAIRS>().0;
         let scales = x.scales.as_chunks::<R>().0.iter().zip(x.sums.as_chunks::<R>().0);
         for ((pairs, (scales, sums)), w) in blocks.iter().zip(scales).zip(w) {
@@ -574,10 +581,7 @@ mod x86 {
                 }
             }
         }
-        for r in 0..R {
-            store16(&mut out[r], 0, results[r][0]);
-            store16(&mut out[r], 1, results[r][1]);
-        }
+        store_rows(out, results);
     }
 
     /// The 32 bytes from byte `32 i` on.
@@ -634,10 +638,7 @@ mod x86 {
         let Some(out) = out.first_chunk_mut::<R>() else { return };
         let scale = [load16(w.scale, 0), load16(w.scale, 1)];
         let offset = w.offset.map(|offset| [load16(offset, 0), load16(offset, 1)]);
-        let mut sums = [[_mm512_setzero_ps(); 2]; R];
-        for r in 0..R {
-            sums[r] = [load16(&out[r], 0), load16(&out[r], 1)];
-        }
+        let mut sums = load_rows(out);
         for (a, unit) in a.as_chunks::<R>().0.as_chunks::<2>().0.iter().zip(w.units) {
             for half in 0..2 {
                 let q = integers(_mm512_cvtepu16_epi32(bytes32(unit, half)));
@@ -654,10 +655,7 @@ mod x86 {
                 }
             }
         }
-        for r in 0..R {
-            store16(&mut out[r], 0, sums[r][0]);
-            store16(&mut out[r], 1, sums[r][1]);
-        }
+        store_rows(out, sums);
     }
 
     /// A block's integer sums, scaled by weight and by x, added to the results.
@@ -670,10 +668,7 @@ mod x86 {
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     fn i8_avx512<const R: usize>(x: IntRows<'_>, units: &[Unit], out: &mut [Row]) {
         let Some(out) = out.first_chunk_mut::<R>() else { return };
-        let mut results = [[_mm512_setzero_ps(); 2]; R];
-        for r in 0..R {
-            results[r] = [load16(&out[r], 0), load16(&out[r], 1)];
-        }
+        let mut results = load_rows(out);
         let blocks = x.pairs.as_chunks::<R>().0.as_chunks::<PAIRS>().0;
         let scales = x.scales.as_chunks::<R>().0;
         for ((pairs, scales), units) in
@@ -697,10 +692,7 @@ mod x86 {
                 }
             }
         }
-        for r in 0..R {
-            store16(&mut out[r], 0, results[r][0]);
-            store16(&mut out[r], 1, results[r][1]);
-        }
+        store_rows(out, results);
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
@@ -712,10 +704,7 @@ mod x86 {
     ) {
         let Some(out) = out.first_chunk_mut::<R>() else { return };
         let low_half = _mm256_set1_epi8(15);
-        let mut results = [[_mm512_setzero_ps(); 2]; R];
-        for r in 0..R {
-            results[r] = [load16(&out[r], 0), load16(&out[r], 1)];
-        }
+        let mut results = load_rows(out);
         let blocks = x.pairs.as_chunks::<R>().0.as_chunks::<PAIRS>().0.as_chunks::<2>().0;
         let of_x = x.scales.as_chunks::<R>().0.iter().zip(x.sums.as_chunks::<R>().0);
         let mut of_x = of_x.zip(scales);
@@ -750,10 +739,7 @@ mod x86 {
                 }
             }
         }
-        for r in 0..R {
-            store16(&mut out[r], 0, results[r][0]);
-            store16(&mut out[r], 1, results[r][1]);
-        }
+        store_rows(out, results);
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]

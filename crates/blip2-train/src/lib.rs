@@ -15,6 +15,7 @@ pub mod losses;
 pub mod monitor;
 pub mod optim;
 pub mod order;
+mod packed;
 pub mod parts;
 pub mod recipe;
 pub mod rng;

@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use blip2::llm::Llm;
 use blip2::nn::KvCache;
-use blip2::nn::mask::Branch;
 use blip2::qformer::Picture;
 use blip2::stage1::Stage1;
 use blip2::stage2::Stage2;
@@ -15,6 +14,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::Result;
 use crate::losses::{self, Gathered, Targets};
+use crate::packed::Packed;
 use crate::rng::Rng;
 
 /// Texts as token ids, padded on the right.
@@ -322,18 +322,11 @@ fn behind(llm: &Llm, soft: &Tensor, texts: &[Vec<LlmText>]) -> Result<Tensor> {
     }
 }
 
-/// Queries, text, padding in one row. The texts of a picture share its queries, which the language model reads once: the
-/// loss is that of one row per text, at a fraction of its cost.
+/// The texts of a picture share its queries, which the language model reads once, and pictures share rows: the loss is that
+/// of one row per text, at a fraction of its cost.
 fn decoder(llm: &Llm, soft: &Tensor, texts: &[Vec<LlmText>]) -> Result<Tensor> {
-    let queries = soft.dim(1)?;
-    let rows: Vec<Vec<u32>> =
-        texts.iter().map(|row| row.iter().flat_map(|text| &text.ids).copied().collect()).collect();
-    let batch = TextBatch::new(&rows, llm.eos(), Side::Right, 0)?;
-    let embeds = Tensor::cat(&[soft, &llm.embed(&batch.ids)?], 1)?;
-    let width = embeds.dim(1)?;
-    let branches: Vec<_> = texts.iter().map(|row| branches(row, queries, width)).collect();
+    let Packed { embeds, branches, targets } = Packed::new(llm, soft, texts)?;
     let hidden = llm.hidden_branches(&embeds, &branches)?;
-    let targets = stage2_targets(texts, queries, width);
     let logits = llm.logits(&targets.select(&hidden)?)?;
     losses::lm(&logits, targets.tokens(), 0.0)
 }
@@ -364,30 +357,4 @@ fn encoder_decoder(t5: &T5, llm: &Llm, soft: &Tensor, texts: &[Vec<LlmText>]) ->
         ids.iter().enumerate().for_each(|(t, id)| targets.push(row * width + t, *id));
     }
     losses::lm(&t5.logits(&targets.select(&hidden)?)?, targets.tokens(), 0.0)
-}
-
-/// What each of a row's `width` positions belongs to: the queries, one of the texts, or padding.
-fn branches(texts: &[LlmText], queries: usize, width: usize) -> Vec<Branch> {
-    let mut row = vec![Branch::Stem; queries];
-    for (i, text) in texts.iter().enumerate() {
-        row.extend(std::iter::repeat_n(Branch::Text(i), text.ids.len()));
-    }
-    row.resize(width, Branch::Padding);
-    row
-}
-
-/// Every token behind a prompt, predicted from the one before it in its text, or from the last query.
-fn stage2_targets(texts: &[Vec<LlmText>], queries: usize, width: usize) -> Targets {
-    let mut targets = Targets::default();
-    for (row, texts) in texts.iter().enumerate() {
-        let mut start = queries;
-        for text in texts {
-            for (t, id) in text.ids.iter().enumerate().skip(text.prompt_len) {
-                let before = if t == 0 { queries } else { start + t } - 1;
-                targets.push(row * width + before, *id);
-            }
-            start += text.ids.len();
-        }
-    }
-    targets
 }

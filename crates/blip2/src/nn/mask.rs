@@ -162,19 +162,30 @@ impl Layout {
     }
 }
 
-/// What a position of a row belongs to, where several texts go on from one stem.
+/// What a position of a row belongs to, where several texts go on from one stem, and several stems may share a row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Branch {
-    /// The beginning that all texts share.
-    Stem,
-    /// The text of this number.
-    Text(usize),
+    /// The stem of this number, the beginning that its texts share.
+    Stem(usize),
+    /// Of this stem the text of this number.
+    Text(usize, usize),
     /// Nothing.
     Padding,
 }
 
-/// Causal, for texts that share a stem and don't see each other: each position sees the stem, and its own text, up to
-/// itself. b rows of t → bias (b, 1, t, t), and the position of each column, row after row: texts count on from the stem.
+impl Branch {
+    /// Whether a position of this branch sees an earlier one of the `other`.
+    fn sees(self, other: Self) -> bool {
+        match (self, other) {
+            (Self::Padding, _) | (_, Self::Padding) => false,
+            (Self::Text(own, _), Self::Stem(stem)) => own == stem,
+            _ => self == other,
+        }
+    }
+}
+
+/// Causal, for texts that share a stem and don't see each other: each position sees its stem, and its own text, up to
+/// itself. b rows of t → bias (b, 1, t, t), and the position of each column, row after row: texts count on from their stem.
 ///
 /// ```text
 ///        stem  1   2
@@ -192,9 +203,7 @@ fn branching(rows: &[Vec<Branch>]) -> Result<(Tensor, Vec<u32>)> {
     let mut positions = Vec::with_capacity(rows.len() * t);
     for row in rows {
         for (i, own) in row.iter().enumerate() {
-            let sees = |j: usize| {
-                j <= i && row[j] != Branch::Padding && (row[j] == Branch::Stem || row[j] == *own)
-            };
+            let sees = |j: usize| j <= i && own.sees(row[j]);
             positions.push((0..i).filter(|&j| sees(j)).count() as u32);
             bias.extend((0..t).map(|j| if sees(j) { 0.0 } else { HIDDEN }));
         }
