@@ -3,9 +3,9 @@
     cargo build --release -p blip2-train --example bench_step
     python benches/train_step.py [--threads 2] [--steps 4] [--rounds 2] [--precision f32|bf16] [--shape mini|base]
 
-needs torch, numpy and safetensors (golden/requirements.txt). The two programs take turns; what counts is the median of
-each. Before that both losses, without dropout, must agree. bf16: mixed precision in both, in PyTorch by autocast. base: the published Q-Former behind CLIP ViT-L, 8 pictures, in front of
-OPT-350m.
+needs torch, numpy and safetensors (golden/requirements.txt). The two programs take turns; what counts is the median of each.
+Before that both losses, without dropout, must agree. bf16: mixed precision in both, in PyTorch by autocast. base: the published
+Q-Former behind CLIP ViT-L, 8 pictures, in front of OPT-350m.
 """
 
 import argparse

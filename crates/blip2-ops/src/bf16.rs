@@ -4,8 +4,8 @@
 //! Both factors are packed first, as panels of so many lanes (rows of a, columns of b) in which two neighbouring positions
 //! along k make a word. An output is a sum over k in one order, whatever the threads.
 
-use std::cell::Cell;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rayon::prelude::*;
 
@@ -21,19 +21,27 @@ const PANELS: usize = 8;
 /// Thinner products are not worth the packing.
 pub(crate) const THINNEST: usize = 16;
 
+/// What [`suits`] has made sure of.
+const STRIDES: &str = "bf16 products are of matrices with a contiguous dimension";
+
 /// Two bf16, that of the lower k in the lower half, of each lane of a panel.
 type Words<const LANES: usize> = [u32; LANES];
 
-thread_local! {
-    /// Memory of earlier packings, taken and put back: a thread that waits may come by here for another product.
-    static SPARE: Cell<(Vec<Words<ROWS>>, Vec<Words<COLUMNS>>)> = Cell::default();
+/// Memory for the panels of both factors.
+type Panels = (Vec<Words<ROWS>>, Vec<Words<COLUMNS>>);
+
+/// Memory of earlier products, taken and put back; seldom more than one.
+static SPARE: Mutex<Vec<Panels>> = Mutex::new(Vec::new());
+
+fn spare() -> MutexGuard<'static, Vec<Panels>> {
+    SPARE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// How many [`MixedPrecision`] live.
 static MIXED: AtomicUsize = AtomicUsize::new(0);
 
-/// As long as one lives, this process rounds the factors of its large products to bf16, those of attention and of forward
-/// passes through frozen weights that need no gradient excepted.
+/// As long as one lives, this process rounds the factors of its large products to bf16. Excepted are attention's, and those
+/// of x without gradient with frozen weights in panels (f32, f16, q8_0, q4_0, q4_1, q4_k).
 #[derive(Debug)]
 pub struct MixedPrecision(());
 
@@ -41,7 +49,7 @@ impl MixedPrecision {
     /// Begins; `None` if this processor has no instructions for it (AVX-512 F, BW, VL and BF16), so that nothing would be won.
     #[must_use]
     pub fn start() -> Option<Self> {
-        is_fast().then(|| {
+        Fast::detect().map(|_| {
             MIXED.fetch_add(1, Ordering::Relaxed);
             Self(())
         })
@@ -50,7 +58,9 @@ impl MixedPrecision {
 
 impl Drop for MixedPrecision {
     fn drop(&mut self) {
-        MIXED.fetch_sub(1, Ordering::Relaxed);
+        if MIXED.fetch_sub(1, Ordering::Relaxed) == 1 {
+            spare().clear();
+        }
     }
 }
 
@@ -59,18 +69,21 @@ pub(crate) fn is_on() -> bool {
     MIXED.load(Ordering::Relaxed) > 0
 }
 
-/// Whether this machine has the instructions.
-fn is_fast() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    {
-        is_x86_feature_detected!("avx512f")
+/// The instructions, on a machine that has them.
+#[derive(Clone, Copy, Debug)]
+struct Fast(());
+
+impl Fast {
+    fn detect() -> Option<Self> {
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512vl")
             && is_x86_feature_detected!("avx512bf16")
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    {
-        false
+        {
+            return Some(Self(()));
+        }
+        None
     }
 }
 
@@ -83,11 +96,11 @@ pub(crate) fn suits(out: &RowsMut<'_>, a: Rows<'_>, b: Rows<'_>) -> bool {
 
 /// `out (m,n) [+]= alpha * a (m,k) · b (k,n)`, which [`suits`].
 pub(crate) fn product(out: RowsMut<'_>, output: Output, alpha: f32, a: Rows<'_>, b: Rows<'_>) {
-    product_with(is_fast(), out, output, alpha, a, b);
+    product_with(Fast::detect(), out, output, alpha, a, b);
 }
 
 fn product_with(
-    fast: bool,
+    fast: Option<Fast>,
     out: RowsMut<'_>,
     output: Output,
     alpha: f32,
@@ -95,7 +108,7 @@ fn product_with(
     b: Rows<'_>,
 ) {
     let pairs = a.ncols().div_ceil(2);
-    let (mut words_a, mut words_b) = SPARE.take();
+    let (mut words_a, mut words_b) = spare().pop().unwrap_or_default();
     pack(fast, a, &mut words_a);
     pack(fast, b.transpose(), &mut words_b);
     let panels_a: Vec<_> = words_a.chunks_exact(pairs).collect();
@@ -117,7 +130,7 @@ fn product_with(
             || piece.compute(fast, output, alpha),
         );
     });
-    SPARE.set((words_a, words_b));
+    spare().push((words_a, words_b));
 }
 
 /// A block of the output, and the panels that make it.
@@ -129,31 +142,38 @@ struct Piece<'a> {
 
 impl Piece<'_> {
     #[inline(always)]
-    fn compute(mut self, fast: bool, output: Output, alpha: f32) {
-        if matches!(output, Output::Replace) {
-            self.out.fill(0.0);
-        }
+    fn compute(mut self, fast: Option<Fast>, output: Output, alpha: f32) {
         let pairs = self.a[0].len();
         for first in (0..pairs).step_by(PAIRS) {
             let part = first..(first + PAIRS).min(pairs);
+            // What the first part of k replaces, the others add to.
+            let output = if first == 0 { output } else { Output::Add };
             for (j, b) in self.b.iter().enumerate() {
                 for (i, a) in self.a.iter().enumerate() {
                     let sums = tile(fast, &a[part.clone()], &b[part.clone()]);
-                    self.add(i * ROWS, j * COLUMNS, alpha, &sums);
+                    self.write(i * ROWS, j * COLUMNS, output, alpha, &sums);
                 }
             }
         }
     }
 
-    /// Adds a tile at `(row, column)`, or as much of it as the output has.
+    /// Writes a tile at `(row, column)`, or as much of it as the output has.
     #[inline(always)]
-    fn add(&mut self, row: usize, column: usize, alpha: f32, sums: &[[f32; COLUMNS]; ROWS]) {
+    fn write(
+        &mut self,
+        row: usize,
+        column: usize,
+        output: Output,
+        alpha: f32,
+        sums: &[[f32; COLUMNS]; ROWS],
+    ) {
         let rows = ROWS.min(self.out.nrows() - row);
         for (out, sums) in self.out.as_mut().subrows_mut(row, rows).row_iter_mut().zip(sums) {
-            if let Some(out) = out.try_as_row_major_mut() {
-                for (out, sum) in out.as_slice_mut()[column..].iter_mut().zip(sums) {
-                    *out += alpha * sum;
-                }
+            let Some(out) = out.try_as_row_major_mut() else { unreachable!("{STRIDES}") };
+            let places = out.as_slice_mut()[column..].iter_mut().zip(sums);
+            match output {
+                Output::Replace => places.for_each(|(out, sum)| *out = alpha * sum),
+                Output::Add => places.for_each(|(out, sum)| *out += alpha * sum),
             }
         }
     }
@@ -161,7 +181,7 @@ impl Piece<'_> {
 
 /// Packs a matrix (lanes, k), one of whose dimensions is contiguous: panel after panel, each (pairs, LANES). Missing lanes,
 /// and the last half of an odd k, are 0.
-fn pack<const LANES: usize>(fast: bool, matrix: Rows<'_>, words: &mut Vec<Words<LANES>>) {
+fn pack<const LANES: usize>(fast: Option<Fast>, matrix: Rows<'_>, words: &mut Vec<Words<LANES>>) {
     let pairs = matrix.ncols().div_ceil(2);
     words.resize(matrix.nrows().div_ceil(LANES) * pairs, [0; LANES]);
     words.par_chunks_mut(PANELS * pairs).enumerate().for_each(|(i, words)| {
@@ -186,7 +206,8 @@ fn pack_lanes<const LANES: usize>(lanes: Rows<'_>, pairs: usize, words: &mut [Wo
     }
     for (l, line) in lanes.row_iter().enumerate() {
         let panel = &mut words[l / LANES * pairs..][..pairs];
-        pack_along(line.try_as_row_major().map_or(&[], |line| line.as_slice()), l % LANES, panel);
+        let Some(line) = line.try_as_row_major() else { unreachable!("{STRIDES}") };
+        pack_along(line.as_slice(), l % LANES, panel);
     }
 }
 
@@ -197,8 +218,11 @@ fn pack_pairs<const LANES: usize>(lanes: Rows<'_>, pairs: usize, words: &mut [Wo
         words.fill([0; LANES]);
     }
     let line = |k: usize| {
-        let line = (k < lanes.ncols()).then(|| lanes.col(k).try_as_col_major()).flatten();
-        line.map_or(&[][..], |line| line.as_slice())
+        if k == lanes.ncols() {
+            return &[][..];
+        }
+        let Some(line) = lanes.col(k).try_as_col_major() else { unreachable!("{STRIDES}") };
+        line.as_slice()
     };
     for p in 0..pairs {
         let mut high = line(2 * p + 1).chunks(LANES);
@@ -241,24 +265,24 @@ fn bits(x: f32) -> u32 {
 
 /// Runs `f`, which is plain Rust, compiled for the instructions of `fast` (it must be `#[inline(always)]`).
 #[inline(always)]
-fn compile(fast: bool, f: impl FnOnce()) {
+fn compile(fast: Option<Fast>, f: impl FnOnce()) {
     match fast {
-        // SAFETY: `is_fast` has asked the processor for these instructions.
+        // SAFETY: `detect` has asked the processor for these instructions.
         #[cfg(target_arch = "x86_64")]
         #[expect(unsafe_code, reason = "instructions chosen at run time")]
-        true => unsafe { x86::compile(f) },
+        Some(_) => unsafe { x86::compile(f) },
         _ => f(),
     }
 }
 
 /// `a (k, ROWS)ᵀ · b (k, COLUMNS)`.
 #[inline(always)]
-fn tile(fast: bool, a: &[Words<ROWS>], b: &[Words<COLUMNS>]) -> [[f32; COLUMNS]; ROWS] {
+fn tile(fast: Option<Fast>, a: &[Words<ROWS>], b: &[Words<COLUMNS>]) -> [[f32; COLUMNS]; ROWS] {
     match fast {
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         #[expect(unsafe_code, reason = "instructions chosen at run time")]
-        true => unsafe { x86::tile(a, b) },
+        Some(_) => unsafe { x86::tile(a, b) },
         _ => plain_tile(a, b),
     }
 }
@@ -349,8 +373,8 @@ mod tests {
         (0..n).map(|_| next()).collect()
     }
 
-    fn both() -> Vec<bool> {
-        if is_fast() { vec![true, false] } else { vec![false] }
+    fn both() -> Vec<Option<Fast>> {
+        Fast::detect().map(Some).into_iter().chain([None]).collect()
     }
 
     fn rounded(x: f32) -> f64 {
@@ -358,7 +382,7 @@ mod tests {
     }
 
     /// The product of the rounded factors, whose f32 sums may be off by their rounding alone.
-    fn check(fast: bool, [m, k, n]: [usize; 3], turned: [bool; 2]) {
+    fn check(fast: Option<Fast>, [m, k, n]: [usize; 3], turned: [bool; 2]) {
         let (a, b) = (numbers(m * k, 1), numbers(k * n, 2));
         let view = |data, rows, cols, turned| match turned {
             true => gemm::rows(data, cols, rows).transpose(),
@@ -381,7 +405,7 @@ mod tests {
                 let off = (f64::from(*now) - f64::from(*before) - 0.5 * sum).abs();
                 assert!(
                     off < 2e-6 * k as f64,
-                    "{fast} {m} {k} {n} {turned:?}: ({i}, {column}) is off by {off}"
+                    "{fast:?} {m} {k} {n} {turned:?}: ({i}, {column}) is off by {off}"
                 );
             }
         }

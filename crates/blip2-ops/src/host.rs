@@ -8,6 +8,7 @@
 
 use std::borrow::Cow;
 use std::ops::Deref;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::{CpuStorage, Device, Layout, Result, Storage, StorageRef, Tensor, bail};
 use rayon::prelude::*;
@@ -156,7 +157,21 @@ pub(crate) fn tensor(values: Vec<f32>, shape: impl Into<candle_core::Shape>) -> 
 /// Runs `f` on one of the threads that compute. An operation that begins there shares its work out at once; from any other
 /// thread it would wake a computing one and fall asleep, and of the small operations of a decoder's step that is half the
 /// time. Nothing in `f` may wait for other threads.
+///
+/// While another caller has the place, `f` runs where it was called: a computing thread that waits for a piece of work takes
+/// up whatever comes next, and a whole caption would stand between it and its own.
 pub fn on_computing_thread<R: Send>(f: impl FnOnce() -> R + Send) -> R {
+    static TAKEN: AtomicBool = AtomicBool::new(false);
+    struct Place;
+    impl Drop for Place {
+        fn drop(&mut self) {
+            TAKEN.store(false, Ordering::Release);
+        }
+    }
+    if rayon::current_thread_index().is_some() || TAKEN.swap(true, Ordering::Acquire) {
+        return f();
+    }
+    let _place = Place;
     rayon::scope(|_| f())
 }
 

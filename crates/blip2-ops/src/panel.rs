@@ -385,18 +385,23 @@ impl Panels {
             (Store::Ints(kind, units), Arithmetic::Floats) => {
                 let x = FloatRows::new(x, n, *width, isa);
                 let per_panel = kind.row_bytes(*width) / 2;
+                let panel_of = |panel: usize| &units[panel * per_panel..][..per_panel];
+                if let Some(packed) = isa.packed(n) {
+                    pieces.for_each(|(i, out)| {
+                        each(i, out, &mut |panel, out| {
+                            isa.compile(
+                                #[inline(always)]
+                                || x.times_packed(packed, *kind, panel_of(panel), out),
+                            );
+                        });
+                    });
+                    return turned;
+                }
                 pieces.for_each_init(
                     || vec![[0f32; COLUMNS]; *width],
                     |weights, (i, out)| {
                         each(i, out, &mut |panel, out| {
-                            let units = &units[panel * per_panel..][..per_panel];
-                            if let Some(packed) = isa.packed(n) {
-                                return isa.compile(
-                                    #[inline(always)]
-                                    || x.times_packed(packed, *kind, units, out),
-                                );
-                            }
-                            unpack_floats(isa, *kind, units, weights);
+                            unpack_floats(isa, *kind, panel_of(panel), weights);
                             x.times(isa, |k| Floats::F32(&weights[k]), out);
                         });
                     },
@@ -549,9 +554,7 @@ impl FloatRows {
             }
         }
     }
-}
 
-impl FloatRows {
     /// [`Self::times`] without unpacking first, for so few rows that they are one tile: the same to the bit.
     #[inline(always)]
     fn times_packed(&self, isa: PackedIsa, kind: IntKind, units: &[Unit], out: &mut [Row]) {

@@ -96,6 +96,10 @@ impl Isa {
 
     /// Kernels that read packed integers, where there are some: for so few rows that unpacking to memory first would cost more
     /// than the products.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        allow(unused_variables, reason = "other processors have no such kernels")
+    )]
     pub(crate) fn packed(self, rows: usize) -> Option<PackedIsa> {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
@@ -199,6 +203,10 @@ pub(crate) enum Lies {
 }
 
 /// Integers as they lie in memory, two positions a unit, and what turns them into numbers.
+#[cfg_attr(
+    not(target_arch = "x86_64"),
+    allow(dead_code, unused_variables, reason = "other processors have no such kernels")
+)]
 pub(crate) struct Packed<'a> {
     pub(crate) units: &'a [Unit],
     pub(crate) lies: Lies,
@@ -208,6 +216,10 @@ pub(crate) struct Packed<'a> {
 }
 
 /// [`floats`] straight from packed integers: the weights and sums are the same to the bit.
+#[cfg_attr(
+    not(target_arch = "x86_64"),
+    allow(dead_code, unused_variables, reason = "other processors have no such kernels")
+)]
 pub(crate) fn floats_of_packed(isa: PackedIsa, a: &[f32], w: &Packed<'_>, out: &mut [Row]) {
     match isa.0 {
         // SAFETY: `available` has asked the processor for these instructions.
@@ -218,6 +230,10 @@ pub(crate) fn floats_of_packed(isa: PackedIsa, a: &[f32], w: &Packed<'_>, out: &
 }
 
 /// [`ints`] straight from the bytes of 8-bit blocks (two of scale, 32 integers).
+#[cfg_attr(
+    not(target_arch = "x86_64"),
+    allow(dead_code, unused_variables, reason = "other processors have no such kernels")
+)]
 pub(crate) fn ints_of_bytes(isa: PackedIsa, x: IntRows<'_>, units: &[Unit], out: &mut [Row]) {
     match isa.0 {
         // SAFETY: `available` has asked the processor for these instructions.
@@ -229,6 +245,10 @@ pub(crate) fn ints_of_bytes(isa: PackedIsa, x: IntRows<'_>, units: &[Unit], out:
 
 /// [`ints_of_bytes`] for pairs of blocks whose integers are the lower and the upper halves of the same 16 units, with the
 /// scale and the offset of each block.
+#[cfg_attr(
+    not(target_arch = "x86_64"),
+    allow(dead_code, unused_variables, reason = "other processors have no such kernels")
+)]
 pub(crate) fn ints_of_nibbles(
     isa: PackedIsa,
     x: IntRows<'_>,

@@ -22,7 +22,9 @@ use blip2::params::ParamStore;
 use blip2::qformer::QFormerConfig;
 use blip2::stage1::{Stage1, Stage1Config};
 use blip2::stage2::{Stage2, Stage2Config};
-use blip2_ops::{Communicator, Dropout, MixedPrecision, SingleProcess, WeightFormat};
+use blip2_ops::{
+    Communicator, Dropout, MixedPrecision, SingleProcess, WeightFormat, on_computing_thread,
+};
 use blip2_train::init;
 use blip2_train::optim::{AdamW, AdamWConfig, Gradients, clip_factor};
 use blip2_train::rng::Rng;
@@ -117,7 +119,7 @@ fn ids(rows: usize, columns: usize, below: usize, seed: u64) -> Result<Tensor> {
 fn time(
     params: &ParamStore,
     steps: u64,
-    mut loss: impl FnMut(&Dropout) -> Result<Tensor>,
+    mut loss: impl FnMut(&Dropout) -> blip2_train::Result<Tensor> + Send,
 ) -> Result<serde_json::Value> {
     let value = loss(&Dropout::off())?.to_scalar::<f32>()?;
     let config =
@@ -127,8 +129,11 @@ fn time(
     for step in 0..=steps {
         let begin = Instant::now();
         gradients.clear();
-        let loss = loss(&Dropout::new(step))?;
-        gradients.add(params, &loss.backward()?, 1.0)?;
+        // As the trainer does.
+        let grads = on_computing_thread(|| {
+            Ok::<_, blip2_train::Error>(loss(&Dropout::new(step))?.backward()?)
+        })?;
+        gradients.add(params, &grads, 1.0)?;
         let scale = clip_factor(gradients.norm()?, 1.0);
         adamw.step(params, &gradients, 1e-5, scale)?;
         // The first step is for warming up.
@@ -202,7 +207,7 @@ fn bench_stage2(
     }
     dump.insert("stage2.batch.patches".into(), patches.clone());
     dump.insert("stage2.batch.ids".into(), ids);
-    time(&params, steps, |dropout| Ok(stage2(&model, &llm, &patches, &texts, dropout)?))
+    time(&params, steps, |dropout| stage2(&model, &llm, &patches, &texts, dropout))
 }
 
 /// Random weights for a language model, under transformers' names.

@@ -109,13 +109,15 @@ impl Budget {
         budget.flops[0] = pictures * vit_stack(&vit).flops(tokens, tokens);
         let batch = recipe.train.batch_size as f64;
         let floats = match &recipe.stage {
-            Stage::One { max_text_len, .. } => {
+            Stage::One { max_text_len, itm_pairs, .. } => {
                 budget.trained = shapes.values().map(count).sum();
                 let t = *max_text_len;
+                let matched = itm_pairs.map_or(1.0, |pairs| (pairs as f64 / batch).min(1.0));
                 budget.flops[1] =
-                    3.0 * pictures * stage1_flops(q, tokens, t.min(CAPTION_TOKENS + 2));
-                let rows = 2 * (q.num_queries + t) + 3 * (q.num_queries + t);
-                q_stack(q).floats(rows, q.num_queries + t) + (t * q.vocab_size) as f64
+                    3.0 * pictures * stage1_flops(q, tokens, t.min(CAPTION_TOKENS + 2), matched);
+                let floats =
+                    |rows: usize| q_stack(q).floats(rows * (q.num_queries + t), q.num_queries + t);
+                floats(2) + matched * floats(3) + (t * q.vocab_size) as f64
             }
             Stage::Two { texts_per_picture, max_text_len, reads_questions, .. } => {
                 let llm = llm_size(&recipe.model.llm)?;
@@ -221,14 +223,15 @@ fn query_flops(q: &QFormerConfig, tokens: usize) -> f64 {
     key_flops(q, tokens) + cross_flops(q, tokens) + q_stack(q).flops(n, n)
 }
 
-/// A pair in stage 1: the query pass, the text pass, three of matching, one of captioning.
-fn stage1_flops(q: &QFormerConfig, tokens: usize, text: usize) -> f64 {
+/// A pair in stage 1: the query pass, the text pass, three of matching for the share of pairs that is `matched`, one of
+/// captioning.
+fn stage1_flops(q: &QFormerConfig, tokens: usize, text: usize, matched: f64) -> f64 {
     let (stack, n) = (q_stack(q), q.num_queries);
     let matching = stack.flops(n + text, n + text) + cross_flops(q, tokens);
     let head = 2.0 * (text * q.width * (q.width + q.vocab_size)) as f64;
     query_flops(q, tokens)
         + stack.flops(text, text)
-        + 3.0 * matching
+        + 3.0 * matched * matching
         + stack.flops(text, n + text)
         + head
 }
@@ -468,9 +471,23 @@ mod tests {
     use crate::recipe::RecipeFile;
 
     fn budget(recipe: &str) -> Budget {
+        changed(recipe, &[])
+    }
+
+    fn changed(recipe: &str, changes: &[String]) -> Budget {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes").join(recipe);
-        let file = RecipeFile::read(&path.with_extension("toml"), &[]).unwrap();
+        let file = RecipeFile::read(&path.with_extension("toml"), changes).unwrap();
         Budget::of(&file.runs()[0]).unwrap()
+    }
+
+    /// Matching is most of a pair's cost, so a quarter of the pairs is less than half of the whole.
+    #[test]
+    fn matching_fewer_pairs_costs_less() {
+        let of = |pairs| changed("mini_stage1", &[format!("stage1.itm_pairs={pairs}")]);
+        let (some, all) = (of(16), of(64));
+        assert!(some.flops[1] < 0.7 * all.flops[1], "{} of {}", some.flops[1], all.flops[1]);
+        assert!(some.activation_bytes < all.activation_bytes);
+        assert_eq!(some.trained, all.trained);
     }
 
     /// Counted in LAVIS's models; the paper rounds them (Tables 1 and 2). The counts of stage 1 are made without `ln_vision`,

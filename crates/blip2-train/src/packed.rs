@@ -10,9 +10,9 @@ use blip2::llm::Llm;
 use blip2::nn::mask::Branch;
 use candle_core::{Device, Tensor};
 
-use crate::Result;
 use crate::losses::Targets;
 use crate::steps::LlmText;
+use crate::{Error, Result};
 
 /// A row is at most so many times as long as the longest picture with its texts: longer ones fit better, but attention
 /// compares all of a row.
@@ -35,6 +35,9 @@ impl Packed {
     /// If there are not as many pictures as lists of texts, or an id has no embedding.
     pub(crate) fn new(llm: &Llm, soft: &Tensor, texts: &[Vec<LlmText>]) -> Result<Self> {
         let (b, q, l) = soft.dims3()?;
+        if texts.len() != b {
+            return Err(Error::Training(format!("texts of {} pictures for {b}", texts.len())));
+        }
         let tokens = |texts: &Vec<LlmText>| texts.iter().map(|text| text.ids.len()).sum::<usize>();
         let lengths: Vec<usize> = texts.iter().map(|texts| q + tokens(texts)).collect();
         let rows = pack(&lengths);
@@ -74,9 +77,20 @@ impl Packed {
     }
 }
 
-/// Rows of pictures with these lengths: the longest first, each into the fullest row that has room for it.
+/// Rows of pictures with these lengths: the longest first, each into the fullest row that has room for it. A row for each,
+/// if that takes no more positions.
 fn pack(lengths: &[usize]) -> Vec<Vec<usize>> {
-    let room = LONGEST * lengths.iter().max().unwrap_or(&0);
+    let longest = lengths.iter().max().copied().unwrap_or(0);
+    let rows = fill(lengths, LONGEST * longest);
+    let width = rows.iter().map(|(filled, _)| *filled).max().unwrap_or(0);
+    if rows.len() * width < lengths.len() * longest {
+        return rows.into_iter().map(|(_, row)| row).collect();
+    }
+    (0..lengths.len()).map(|picture| vec![picture]).collect()
+}
+
+/// Rows with room for so much, and how much each holds.
+fn fill(lengths: &[usize], room: usize) -> Vec<(usize, Vec<usize>)> {
     let mut order: Vec<usize> = (0..lengths.len()).collect();
     order.sort_by_key(|&picture| std::cmp::Reverse(lengths[picture]));
     let mut rows: Vec<(usize, Vec<usize>)> = Vec::new();
@@ -91,7 +105,7 @@ fn pack(lengths: &[usize]) -> Vec<Vec<usize>> {
             None => rows.push((length, vec![picture])),
         }
     }
-    rows.into_iter().map(|(_, row)| row).collect()
+    rows
 }
 
 #[cfg(test)]
@@ -113,6 +127,9 @@ mod tests {
         let padding = most * rows.len() - lengths.iter().sum::<usize>();
         assert!(padding * 10 < most * rows.len(), "{padding} of {}", most * rows.len());
         assert_eq!(pack(&[7]), [[0]]);
+        // Equal lengths gain nothing, and three of them would leave a hole.
+        assert_eq!(pack(&[5, 5, 5]), [[0], [1], [2]]);
+        assert_eq!(pack(&[5, 5]), [[0], [1]]);
         assert!(pack(&[]).is_empty());
     }
 }

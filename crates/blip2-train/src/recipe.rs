@@ -377,17 +377,21 @@ impl Precision {
         *self == Self::F32
     }
 
-    /// Computes so as long as what it returns lives.
+    /// Computes so as long as what it returns lives. `stage` is named in errors.
     ///
     /// # Errors
     /// If this processor has no instructions for it.
-    pub fn start(self) -> Result<Option<MixedPrecision>> {
+    pub fn start(self, stage: u32) -> Result<Option<MixedPrecision>> {
         if self == Self::F32 {
             return Ok(None);
         }
-        let lacking = "train.precision = bf16: this processor has no instructions for it \
-                       (AVX-512 BF16), and f32 takes no longer on it";
-        Ok(Some(MixedPrecision::start().ok_or_else(|| Error::Recipe(lacking.into()))?))
+        let lacking = || {
+            Error::Recipe(format!(
+                "stage{stage}.train.precision is bf16: this processor has no instructions for it (AVX-512 BF16), and f32 \
+                 takes no longer on it"
+            ))
+        };
+        Ok(Some(MixedPrecision::start().ok_or_else(lacking)?))
     }
 }
 
@@ -658,7 +662,12 @@ impl RecipeFile {
             at_least_3("stage1.max_text_len", stage.max_text_len)?;
             share("stage1.label_smoothing", stage.label_smoothing.into(), false)?;
             if let Some(pairs) = stage.itm_pairs {
-                positive("stage1.itm_pairs", pairs)?;
+                require(
+                    (1..=stage.train.batch_size).contains(&pairs),
+                    "stage1.itm_pairs",
+                    pairs,
+                    "at least 1, and at most stage1.train.batch_size",
+                )?;
             }
             stage.train.check("stage1.train")?;
             stage.optimizer.check("stage1.optimizer", &stage.train)?;

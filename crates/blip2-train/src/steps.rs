@@ -54,7 +54,7 @@ pub struct StepContext<'a> {
     pub dropout: &'a Dropout,
     /// Label smoothing of ITC and ITG.
     pub smoothing: f32,
-    /// How many of the batch's pairs ITM learns from, the first ones; `None`: all.
+    /// How many of the batch's pairs ITM learns from, the first ones, at least 1; `None`: all.
     pub itm_pairs: Option<usize>,
     /// Draws the hard negatives.
     pub rng: Rng,
@@ -132,7 +132,7 @@ pub fn stage1_with(
         None => first + row == column,
     };
     let negatives = choose(&mut context.rng, &itc.sim_t2i, &itc.sim_i2t, &same)?;
-    let n = context.itm_pairs.map_or(b, |pairs| pairs.min(b));
+    let n = context.itm_pairs.map_or(b, |pairs| pairs.clamp(1, b));
     let own: Vec<u32> = (first as u32..(first + n) as u32).collect();
     // Right pairs, then each text with a wrong picture, then each picture with a wrong text.
     let pictures = [own.as_slice(), &negatives.images[..n], &own].concat();
@@ -159,11 +159,19 @@ struct ByLength {
 impl ByLength {
     const PARTS: usize = 3;
 
+    /// Parts are worth their while only if they save a fifth of the positions: each reads all weights again.
     fn new(lengths: &[usize]) -> Self {
         let mut order: Vec<usize> = (0..lengths.len()).collect();
         order.sort_by_key(|&row| lengths[row]);
         let part = |rows: &[usize]| (rows.to_vec(), rows.last().map_or(1, |&row| lengths[row]));
-        Self { parts: order.chunks(order.len().div_ceil(Self::PARTS).max(1)).map(part).collect() }
+        let parts = |count: usize| -> Vec<_> {
+            order.chunks(order.len().div_ceil(count).max(1)).map(part).collect()
+        };
+        let positions = |parts: &[(Vec<usize>, usize)]| -> usize {
+            parts.iter().map(|(rows, longest)| rows.len() * longest).sum()
+        };
+        let (few, one) = (parts(Self::PARTS), parts(1));
+        Self { parts: if 5 * positions(&few) <= 4 * positions(&one) { few } else { one } }
     }
 
     /// What `f` makes of the rows of each part, in the rows' order.

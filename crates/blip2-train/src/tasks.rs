@@ -711,7 +711,7 @@ pub fn train_recipe(file: &RecipeFile, session: &mut Session<'_>) -> Result<Trai
     let runs = file.runs();
     let dirs: Vec<_> = runs.iter().map(|recipe| stage_dir(session.dir, recipe)).collect();
     for (i, recipe) in runs.iter().enumerate() {
-        drop(recipe.train.precision.start()?);
+        drop(recipe.train.precision.start(recipe.stage_number())?);
         check_start_file(recipe, &dirs[..i])?;
     }
     let claim = |dir: &PathBuf| RunFolder::claim(dir, session.resume);

@@ -417,7 +417,7 @@ impl<'a, T: Task> Trainer<'a, T> {
     }
 
     fn run(&mut self, monitor: &mut dyn Monitor) -> Result<Outcome> {
-        let _mixed = self.recipe.train.precision.start()?;
+        let _mixed = self.recipe.train.precision.start(self.recipe.stage_number())?;
         let (source, order, runtime) = (self.task.source(), self.order, &self.recipe.runtime);
         let range = self.step..self.total_steps;
         let finished = std::thread::scope(|scope| {

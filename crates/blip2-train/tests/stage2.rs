@@ -131,6 +131,19 @@ fn texts_that_share_a_picture_are_as_if_each_stood_alone() {
     }
 }
 
+#[test]
+fn every_picture_wants_its_texts() {
+    let golden = golden("stage2.safetensors");
+    let (_, model) = bridge(&golden);
+    let pictures = golden["image"].dim(0).unwrap();
+    let texts = texts(&golden, "plain", 5, 0);
+    for wrong in [[&texts[..], &texts[..1]].concat(), texts[1..].to_vec()] {
+        let refusal = stage2(&model, &llm(), &golden["image"], &wrong, &Dropout::off());
+        let refusal = refusal.unwrap_err().to_string();
+        assert!(refusal.contains(&format!("{} pictures for {pictures}", wrong.len())), "{refusal}");
+    }
+}
+
 /// LAVIS's Blip2T5 (golden/stage2_t5.py): texts given to the encoder and texts that the decoder writes, of many lengths.
 #[test]
 fn loss_and_every_gradient_through_an_encoder_decoder_equal_lavis() {

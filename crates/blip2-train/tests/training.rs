@@ -337,8 +337,9 @@ fn bad_recipes_are_refused_with_the_field_named() {
     refused(&["stage1.optimizer.warmup_steps=150"], "stage1.optimizer.warmup_steps");
     refused(&["stage1.optimizer.schedule=\"cosine\""], "schedule");
     refused(&["stage1.label_smoothing=1.0"], "stage1.label_smoothing");
-    refused(&["stage1.itm_pairs=0"], "stage1.itm_pairs");
-    refused(&["stage1.train.precision=f16"], "f16");
+    refused(&["stage1.itm_pairs=0"], "stage1.itm_pairs is 0");
+    refused(&["stage1.itm_pairs=1000"], "stage1.itm_pairs is 1000");
+    refused(&["stage1.train.precision=\"f16\""], "unknown variant `f16`");
     refused(&["stage2.questions=1.5"], "stage2.questions");
     refused(&["stage2.question_prompt=\"Answer:\""], "stage2.question_prompt");
     refused(&["augment.scale=[0.9, 0.5]"], "augment.scale");

@@ -12,8 +12,7 @@
 //!
 //! Letters: `batch` pictures, `rows` sequences now being extended, `v` vocabulary.
 
-use blip2_ops::log_sum_exp;
-use blip2_ops::on_computing_thread;
+use blip2_ops::{log_sum_exp, on_computing_thread};
 use candle_core::Tensor;
 use rayon::prelude::*;
 
