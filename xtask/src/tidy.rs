@@ -131,7 +131,8 @@ const TRAIN_ORDER: &[(&str, &[&str])] = &[
     ("rng", &[]),
     // Losses are pure functions of tensors.
     ("losses", &["error", "rng"]),
-    ("steps", &["error", "rng", "losses"]),
+    ("packed", &["error", "losses"]),
+    ("steps", &["error", "rng", "losses", "packed"]),
     ("data", &["error", "rng"]),
     ("optim", &["error"]),
     ("schedule", &["error"]),

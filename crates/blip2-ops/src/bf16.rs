@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rayon::prelude::*;
 
-use crate::gemm::{Output, Rows, RowsMut, split_columns};
+use crate::matrix::{Output, Rows, RowsMut, split_columns};
 
 /// Rows of a in a tile, and columns of b: their sums fill the registers.
 const ROWS: usize = 14;
@@ -362,7 +362,7 @@ mod tests {
     use half::bf16;
 
     use super::*;
-    use crate::gemm;
+    use crate::matrix;
 
     fn numbers(n: usize, seed: u32) -> Vec<f32> {
         let mut state = seed;
@@ -385,14 +385,14 @@ mod tests {
     fn check(fast: Option<Fast>, [m, k, n]: [usize; 3], turned: [bool; 2]) {
         let (a, b) = (numbers(m * k, 1), numbers(k * n, 2));
         let view = |data, rows, cols, turned| match turned {
-            true => gemm::rows(data, cols, rows).transpose(),
-            false => gemm::rows(data, rows, cols),
+            true => matrix::rows(data, cols, rows).transpose(),
+            false => matrix::rows(data, rows, cols),
         };
         let (a, b) = (view(&a, m, k, turned[0]), view(&b, k, n, turned[1]));
         // The output is some columns of a wider matrix.
         let mut wide = numbers(m * (n + 5), 3);
         let before = wide.clone();
-        let out = gemm::rows_mut(&mut wide, m, n + 5).subcols_mut(2, n);
+        let out = matrix::rows_mut(&mut wide, m, n + 5).subcols_mut(2, n);
         product_with(fast, out, Output::Add, 0.5, a, b);
         for i in 0..m {
             for (column, (now, before)) in
@@ -439,8 +439,8 @@ mod tests {
         let with = |threads: usize| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let mut out = vec![f32::NAN; m * n];
-            let to = gemm::rows_mut(&mut out, m, n);
-            let (a, b) = (gemm::rows(&a, m, k), gemm::rows(&b, k, n));
+            let to = matrix::rows_mut(&mut out, m, n);
+            let (a, b) = (matrix::rows(&a, m, k), matrix::rows(&b, k, n));
             pool.install(|| product(to, Output::Replace, 1.0, a, b));
             out
         };
@@ -454,8 +454,8 @@ mod tests {
             a[25] = f32::NAN;
             let b = numbers(20 * 20, 2);
             let mut out = vec![0f32; 400];
-            let (to, a) = (gemm::rows_mut(&mut out, 20, 20), gemm::rows(&a, 20, 20));
-            product_with(fast, to, Output::Replace, 1.0, a, gemm::rows(&b, 20, 20));
+            let (to, a) = (matrix::rows_mut(&mut out, 20, 20), matrix::rows(&a, 20, 20));
+            product_with(fast, to, Output::Replace, 1.0, a, matrix::rows(&b, 20, 20));
             assert!(out[20..40].iter().all(|x| x.is_nan()));
             assert!(out[40..].iter().all(|x| x.is_finite()));
         }

@@ -22,7 +22,7 @@
 //! | `optim.rs` | [`adamw_step`], [`sum_of_squares`] |
 //! | `work.rs` | [`Work`]: what the ops computed and read, for benchmarks |
 //! | `bf16.rs` | [`MixedPrecision`]: products of factors rounded to bf16 |
-//! | `gemm.rs`, `host.rs` | the matrix product; borrowing tensors, threads, SIMD, `exp` |
+//! | `matrix.rs`, `gemm.rs`, `host.rs` | views of slices, the matrix product; borrowing tensors, threads, SIMD, `exp` |
 //!
 //! What holds for every op:
 //! - tensors are f32 on the CPU; anything else is an error that names the op and the type;
@@ -42,6 +42,7 @@ mod gemm;
 mod host;
 mod linear;
 mod loss;
+mod matrix;
 mod norm;
 mod optim;
 mod panel;

@@ -104,7 +104,6 @@ fn central(w: u32, h: u32, ratio: (f64, f64)) -> (u32, u32, u32, u32) {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
     use serde::Deserialize;
 

@@ -11,8 +11,20 @@ use blip2::nn::mask::Branch;
 use candle_core::{Device, Tensor};
 
 use crate::losses::Targets;
-use crate::steps::LlmText;
 use crate::{Error, Result};
+
+/// One text of stage 2, start and end tokens included. Where the language model has an encoder, that reads the given ids, an
+/// end token behind them, and the decoder predicts the others.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LlmText {
+    /// Token ids.
+    pub ids: Vec<u32>,
+    /// The first so many ids are given, not predicted. LAVIS counts the start token among them only if there is a prompt:
+    /// with an empty one it is 0, and the start token is predicted from the last query.
+    pub prompt_len: usize,
+    /// What a bridge that reads questions reads: word pieces from `[CLS]` to `[SEP]`. Empty for any other bridge.
+    pub question: Vec<u32>,
+}
 
 /// A row is at most so many times as long as the longest picture with its texts: longer ones fit better, but attention
 /// compares all of a row.

@@ -14,6 +14,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::Result;
 use crate::losses::{self, Gathered, Targets};
+pub use crate::packed::LlmText;
 use crate::packed::Packed;
 use crate::rng::Rng;
 
@@ -280,19 +281,6 @@ fn gather_features(local: &Tensor, ranks: &Arc<dyn Communicator>) -> Result<Tens
 fn gather_ids(ids: &[i64], ranks: &Arc<dyn Communicator>) -> Result<Vec<i64>> {
     let local = Tensor::new(ids, &Device::Cpu)?;
     Ok(ranks.all_gather(&local)?.to_dtype(DType::I64)?.to_vec1::<i64>()?)
-}
-
-/// One text of stage 2, start and end tokens included. Where the language model has an encoder, that reads the given ids, an
-/// end token behind them, and the decoder predicts the others.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LlmText {
-    /// Token ids.
-    pub ids: Vec<u32>,
-    /// The first so many ids are given, not predicted. LAVIS counts the start token among them only if there is a prompt:
-    /// with an empty one it is 0, and the start token is predicted from the last query.
-    pub prompt_len: usize,
-    /// What a bridge that reads questions reads: word pieces from `[CLS]` to `[SEP]`. Empty for any other bridge.
-    pub question: Vec<u32>,
 }
 
 /// Stage 2 (paper §3.3): the language model reads queries and given text; the loss is on the other text alone.

@@ -1,0 +1,52 @@
+//! Row-major slices as matrices.
+//!
+//! A [`Rows`] is a `(rows, cols)` view with a row stride, so one head of a `(t, heads*d)` matrix is
+//! multiplied in place, without a transposed copy.
+
+use faer::{MatMut, MatRef};
+
+/// A row-major matrix, maybe some columns of a wider one.
+pub(crate) type Rows<'a> = MatRef<'a, f32>;
+/// A mutable row-major matrix, maybe some columns of a wider one.
+pub(crate) type RowsMut<'a> = MatMut<'a, f32>;
+
+/// Whether a product replaces what the output holds or is added to it.
+#[derive(Clone, Copy)]
+pub(crate) enum Output {
+    Replace,
+    Add,
+}
+
+/// `data` as a `(rows, cols)` matrix.
+pub(crate) fn rows(data: &[f32], rows: usize, cols: usize) -> Rows<'_> {
+    MatRef::from_row_major_slice(&data[..rows * cols], rows, cols)
+}
+
+/// Columns `first..first+cols` of `data` as a `(rows, width)` matrix.
+pub(crate) fn columns(
+    data: &[f32],
+    rows: usize,
+    width: usize,
+    first: usize,
+    cols: usize,
+) -> Rows<'_> {
+    MatRef::from_row_major_slice(&data[..rows * width], rows, width).subcols(first, cols)
+}
+
+/// `data` as a mutable `(rows, cols)` matrix.
+pub(crate) fn rows_mut(data: &mut [f32], rows: usize, cols: usize) -> RowsMut<'_> {
+    MatMut::from_row_major_slice_mut(&mut data[..rows * cols], rows, cols)
+}
+
+/// Cuts `matrix` into neighbouring blocks of `cols` columns.
+pub(crate) fn split_columns(matrix: RowsMut<'_>, cols: usize) -> Vec<RowsMut<'_>> {
+    let mut blocks = Vec::new();
+    let mut rest = matrix;
+    while rest.ncols() > 0 {
+        let at = cols.min(rest.ncols()).max(1);
+        let (block, right) = rest.split_at_col_mut(at);
+        blocks.push(block);
+        rest = right;
+    }
+    blocks
+}
