@@ -120,7 +120,8 @@ pub fn stage1_with(
     let Texts { ids, tokens } = batch.texts;
 
     let image = model.image(batch.patches, dropout)?;
-    let text = texts_by_length(model, batch.texts, dropout)?;
+    let parts = ByLength::new(&batch.texts.lengths()?);
+    let text = texts_by_length(model, batch.texts, &parts, dropout)?;
     let all_ids = batch.image_ids.map(|ids| gather_ids(ids, ranks)).transpose()?;
     let all_images = gather_features(&image.embeds, ranks)?;
     let all_texts = gather_features(&text, ranks)?;
@@ -143,7 +144,7 @@ pub fn stage1_with(
     let logits = itm_by_length(model, (&all_pictures, &pictures), (&all_texts, &texts), dropout)?;
     let itm = losses::itm(&logits)?;
 
-    let (hidden, wanted) = itg_by_length(model, &image.caches, batch.texts, dropout)?;
+    let (hidden, wanted) = itg_by_length(model, &image.caches, batch.texts, &parts, dropout)?;
     let itg = losses::lm(&model.qformer().lm_logits(&hidden)?, &wanted, context.smoothing)?;
 
     let total = ((&itc.loss + &itm)? + &itg)?;
@@ -154,7 +155,7 @@ pub fn stage1_with(
 /// positions would be padding.
 struct ByLength {
     /// Rows, and the length of the longest.
-    parts: Vec<(Vec<usize>, usize)>,
+    parts: Vec<(Vec<u32>, usize)>,
 }
 
 impl ByLength {
@@ -162,13 +163,14 @@ impl ByLength {
 
     /// Parts are worth their while only if they save a fifth of the positions: each reads all weights again.
     fn new(lengths: &[usize]) -> Self {
-        let mut order: Vec<usize> = (0..lengths.len()).collect();
-        order.sort_by_key(|&row| lengths[row]);
-        let part = |rows: &[usize]| (rows.to_vec(), rows.last().map_or(1, |&row| lengths[row]));
+        let length = |row: u32| lengths[row as usize];
+        let mut order: Vec<u32> = (0..lengths.len() as u32).collect();
+        order.sort_by_key(|&row| length(row));
+        let part = |rows: &[u32]| (rows.to_vec(), rows.last().map_or(1, |&row| length(row)));
         let parts = |count: usize| -> Vec<_> {
             order.chunks(order.len().div_ceil(count).max(1)).map(part).collect()
         };
-        let positions = |parts: &[(Vec<usize>, usize)]| -> usize {
+        let positions = |parts: &[(Vec<u32>, usize)]| -> usize {
             parts.iter().map(|(rows, longest)| rows.len() * longest).sum()
         };
         let (few, one) = (parts(Self::PARTS), parts(1));
@@ -176,13 +178,13 @@ impl ByLength {
     }
 
     /// What `f` makes of the rows of each part, in the rows' order.
-    fn compute(&self, f: impl Fn(&[usize], usize) -> Result<Tensor>) -> Result<Tensor> {
+    fn compute(&self, f: impl Fn(&[u32], usize) -> Result<Tensor>) -> Result<Tensor> {
         let computed: Vec<_> =
             self.parts.iter().map(|(rows, longest)| f(rows, *longest)).collect::<Result<_>>()?;
-        let order: Vec<usize> = self.parts.iter().flat_map(|(rows, _)| rows).copied().collect();
+        let order: Vec<u32> = self.parts.iter().flat_map(|(rows, _)| rows).copied().collect();
         let mut places = vec![0; order.len()];
-        for (place, row) in order.into_iter().enumerate() {
-            places[row] = place as u32;
+        for (place, row) in (0..).zip(order) {
+            places[row as usize] = place;
         }
         select(&Tensor::cat(&computed, 0)?, &places)
     }
@@ -202,14 +204,15 @@ impl Texts {
     }
 }
 
-fn numbers(rows: &[usize]) -> Vec<u32> {
-    rows.iter().map(|row| *row as u32).collect()
-}
-
 /// [`Stage1::text`].
-fn texts_by_length(model: &Stage1, texts: &Texts, dropout: &Dropout) -> Result<Tensor> {
-    ByLength::new(&texts.lengths()?).compute(|rows, longest| {
-        let Texts { ids, tokens } = texts.part(&numbers(rows), longest)?;
+fn texts_by_length(
+    model: &Stage1,
+    texts: &Texts,
+    parts: &ByLength,
+    dropout: &Dropout,
+) -> Result<Tensor> {
+    parts.compute(|rows, longest| {
+        let Texts { ids, tokens } = texts.part(rows, longest)?;
         Ok(model.text(&ids, &tokens, dropout)?)
     })
 }
@@ -224,7 +227,7 @@ fn itm_by_length(
     let lengths = texts.lengths()?;
     let lengths: Vec<usize> = text_rows.iter().map(|&row| lengths[row as usize]).collect();
     ByLength::new(&lengths).compute(|pairs, longest| {
-        let rows = |of: &[u32]| pairs.iter().map(|&pair| of[pair]).collect::<Vec<_>>();
+        let rows = |of: &[u32]| pairs.iter().map(|&pair| of[pair as usize]).collect::<Vec<_>>();
         let Texts { ids, tokens } = texts.part(&rows(text_rows), longest)?;
         Ok(model.itm(&pictures.select(&rows(picture_rows))?, &ids, &tokens, dropout)?)
     })
@@ -236,16 +239,16 @@ fn itg_by_length(
     model: &Stage1,
     caches: &[KvCache],
     texts: &Texts,
+    parts: &ByLength,
     dropout: &Dropout,
 ) -> Result<(Tensor, Vec<u32>)> {
     let dec = model.config().qformer.vocab_size as u32 - 1;
     let (mut hidden, mut wanted) = (Vec::new(), Vec::new());
-    for (rows, longest) in ByLength::new(&texts.lengths()?).parts {
-        let rows = numbers(&rows);
-        let texts = texts.part(&rows, longest)?;
+    for (rows, longest) in &parts.parts {
+        let texts = texts.part(rows, *longest)?;
         let (ids, targets) = itg_inputs(&texts, dec)?;
         let mut caches = caches.to_vec();
-        caches.iter_mut().try_for_each(|cache| cache.reorder(&rows))?;
+        caches.iter_mut().try_for_each(|cache| cache.reorder(rows))?;
         let states = model.itg(&caches, &ids, &texts.tokens, dropout)?;
         hidden.push(targets.select(&states)?);
         wanted.extend(targets.tokens());

@@ -20,6 +20,12 @@ use blip2_train::steps::{
 use candle_core::{DType, Tensor};
 use common::{Tensors, assert_close, config, golden, numbers, weights};
 
+/// The tiny model, not to be trained.
+fn model() -> Stage1 {
+    Params::build(weights(), WeightFormat::F32, "blip2_tiny", |p| Stage1::new(p, &config()))
+        .unwrap()
+}
+
 fn texts(golden: &Tensors, prefix: &str) -> Texts {
     let ids = golden[&format!("{prefix}ids")].to_dtype(DType::U32).unwrap();
     let tokens = golden[&format!("{prefix}mask")].to_dtype(DType::U8).unwrap();
@@ -44,9 +50,7 @@ fn real_rows(hidden: &Tensor, tokens: &Tensor) -> Tensor {
 #[test]
 fn the_three_passes_of_the_qformer_equal_lavis() {
     let golden = golden("qformer.safetensors");
-    let model =
-        Params::build(weights(), WeightFormat::F32, "blip2_tiny", |p| Stage1::new(p, &config()))
-            .unwrap();
+    let model = model();
     let off = Dropout::off();
     let Texts { ids, tokens } = texts(&golden, "");
 
@@ -159,9 +163,7 @@ fn stage_1_losses_and_every_gradient_equal_lavis() {
 #[test]
 fn matching_learns_from_as_many_pairs_as_it_is_told() {
     let golden = golden("stage1.safetensors");
-    let model =
-        Params::build(weights(), WeightFormat::F32, "blip2_tiny", |p| Stage1::new(p, &config()))
-            .unwrap();
+    let model = model();
     let texts = texts(&golden, "");
     let with = |pairs| {
         let draws = draws(&golden, None);
@@ -190,9 +192,7 @@ fn matching_learns_from_as_many_pairs_as_it_is_told() {
 #[test]
 fn similarities_and_shared_pictures_equal_lavis() {
     let golden = golden("stage1.safetensors");
-    let model =
-        Params::build(weights(), WeightFormat::F32, "blip2_tiny", |p| Stage1::new(p, &config()))
-            .unwrap();
+    let model = model();
     let (off, texts) = (Dropout::off(), texts(&golden, ""));
     let image = model.image(&golden["image"], &off).unwrap();
     let text = model.text(&texts.ids, &texts.tokens, &off).unwrap();
@@ -219,9 +219,7 @@ fn similarities_and_shared_pictures_equal_lavis() {
 #[test]
 fn pairs_of_one_picture_have_nothing_to_tell_apart() {
     let golden = golden("stage1.safetensors");
-    let model =
-        Params::build(weights(), WeightFormat::F32, "blip2_tiny", |p| Stage1::new(p, &config()))
-            .unwrap();
+    let model = model();
     let (off, texts) = (Dropout::off(), texts(&golden, ""));
     let ranks: Arc<dyn Communicator> = Arc::new(SingleProcess);
     let run = |ids: &[i64]| {
