@@ -6,7 +6,7 @@
 
 use blip2::image::Rgb;
 
-use crate::data::rng::Rng;
+use crate::rng::Rng;
 
 /// How training pictures are varied.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -61,7 +61,7 @@ impl Augment {
         if w == 0 || h == 0 {
             return Err(crate::Error::Data(format!("sample {index}: a picture of {w}x{h} pixels")));
         }
-        let mut rng = Rng::new(&[seed, epoch, index, 0x0061_7567]);
+        let mut rng = Rng::new(seed, &[epoch, index, 0x0061_7567]);
         let (x, y, cw, ch) = self.crop(w, h, &mut rng);
         // Drawn in any case, so that a sample's crop does not depend on its flip.
         let mirror = rng.chance(self.flip);
@@ -170,7 +170,7 @@ mod tests {
     #[test]
     fn crops_lie_inside_and_keep_their_share() {
         let augment = Augment::new(224);
-        let mut rng = Rng::new(&[5]);
+        let mut rng = Rng::new(5, &[]);
         let mut mean = 0.0;
         for _ in 0..2000 {
             let (x, y, w, h) = augment.crop(320, 240, &mut rng);
@@ -188,7 +188,7 @@ mod tests {
     fn long_strips_fall_back_to_the_centre() {
         // As torchvision: a 1000x10 picture admits no try; the crop is 13x10 in the middle.
         let augment = Augment::new(224);
-        assert_eq!(augment.crop(1000, 10, &mut Rng::new(&[1])), (493, 0, 13, 10));
-        assert_eq!(augment.crop(10, 1000, &mut Rng::new(&[1])), (0, 493, 10, 13));
+        assert_eq!(augment.crop(1000, 10, &mut Rng::new(1, &[])), (493, 0, 13, 10));
+        assert_eq!(augment.crop(10, 1000, &mut Rng::new(1, &[])), (0, 493, 10, 13));
     }
 }

@@ -1,5 +1,6 @@
 //! One training step of each stage: a model and a batch in, the losses out. The loop around it is the trainer.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use blip2::llm::Llm;
@@ -119,9 +120,12 @@ pub fn stage1_with(
     let first = ranks.rank() * b;
     let Texts { ids, tokens } = batch.texts;
 
+    let everyones = Texts { ids: ranks.all_gather(ids)?, tokens: ranks.all_gather(tokens)? };
+    let reader = Reader::new(model, &everyones.ids)?;
+
     let image = model.image(batch.patches, dropout)?;
     let parts = ByLength::new(&batch.texts.lengths()?);
-    let text = texts_by_length(model, batch.texts, &parts, dropout)?;
+    let text = texts_by_length(&reader, batch.texts, &parts, dropout)?;
     let all_ids = batch.image_ids.map(|ids| gather_ids(ids, ranks)).transpose()?;
     let all_images = gather_features(&image.embeds, ranks)?;
     let all_texts = gather_features(&text, ranks)?;
@@ -140,11 +144,11 @@ pub fn stage1_with(
     let pictures = [own.as_slice(), &negatives.images[..n], &own].concat();
     let texts = [own.as_slice(), &own, &negatives.texts[..n]].concat();
     let all_pictures = image.picture.map(|kv| all_gather(kv, ranks))?;
-    let all_texts = Texts { ids: ranks.all_gather(ids)?, tokens: ranks.all_gather(tokens)? };
-    let logits = itm_by_length(model, (&all_pictures, &pictures), (&all_texts, &texts), dropout)?;
+    let pairs = ((&all_pictures, pictures.as_slice()), (&everyones, texts.as_slice()));
+    let logits = itm_by_length(&reader, pairs, dropout)?;
     let itm = losses::itm(&logits)?;
 
-    let (hidden, wanted) = itg_by_length(model, &image.caches, batch.texts, &parts, dropout)?;
+    let (hidden, wanted) = itg_by_length(&reader, &image.caches, batch.texts, &parts, dropout)?;
     let itg = losses::lm(&model.qformer().lm_logits(&hidden)?, &wanted, context.smoothing)?;
 
     let total = ((&itc.loss + &itm)? + &itg)?;
@@ -204,24 +208,54 @@ impl Texts {
     }
 }
 
+/// The model with the words of one step's texts alone in its table: nine passes look them up, and each would make a gradient
+/// of the whole table.
+struct Reader {
+    model: Stage1,
+    /// Word → its row.
+    rows: BTreeMap<u32, u32>,
+}
+
+impl Reader {
+    fn new(model: &Stage1, ids: &Tensor) -> Result<Self> {
+        let mut words = ids.flatten_all()?.to_vec1::<u32>()?;
+        words.push(dec(model));
+        words.sort_unstable();
+        words.dedup();
+        let rows = words.iter().copied().zip(0..).collect();
+        Ok(Self { model: model.with_words(&Tensor::new(words, &Device::Cpu)?)?, rows })
+    }
+
+    /// Each word's row.
+    fn rows(&self, ids: &Tensor) -> Result<Tensor> {
+        let rows: Vec<u32> =
+            ids.flatten_all()?.to_vec1::<u32>()?.iter().map(|id| self.rows[id]).collect();
+        Ok(Tensor::from_vec(rows, ids.shape(), &Device::Cpu)?)
+    }
+}
+
+/// The token that texts to be generated begin with.
+fn dec(model: &Stage1) -> u32 {
+    model.config().qformer.vocab_size as u32 - 1
+}
+
 /// [`Stage1::text`].
 fn texts_by_length(
-    model: &Stage1,
+    reader: &Reader,
     texts: &Texts,
     parts: &ByLength,
     dropout: &Dropout,
 ) -> Result<Tensor> {
     parts.compute(|rows, longest| {
         let Texts { ids, tokens } = texts.part(rows, longest)?;
-        Ok(model.text(&ids, &tokens, dropout)?)
+        Ok(reader.model.text(&reader.rows(&ids)?, &tokens, dropout)?)
     })
 }
 
 /// Matching logits of pairs, given as rows of pictures and of texts, in their order.
 fn itm_by_length(
-    model: &Stage1,
-    (pictures, picture_rows): (&Picture, &[u32]),
-    (texts, text_rows): (&Texts, &[u32]),
+    reader: &Reader,
+    ((pictures, picture_rows), (texts, text_rows)): ((&Picture, &[u32]), (&Texts, &[u32])),
     dropout: &Dropout,
 ) -> Result<Tensor> {
     let lengths = texts.lengths()?;
@@ -229,27 +263,28 @@ fn itm_by_length(
     ByLength::new(&lengths).compute(|pairs, longest| {
         let rows = |of: &[u32]| pairs.iter().map(|&pair| of[pair as usize]).collect::<Vec<_>>();
         let Texts { ids, tokens } = texts.part(&rows(text_rows), longest)?;
-        Ok(model.itm(&pictures.select(&rows(picture_rows))?, &ids, &tokens, dropout)?)
+        let pictures = pictures.select(&rows(picture_rows))?;
+        Ok(reader.model.itm(&pictures, &reader.rows(&ids)?, &tokens, dropout)?)
     })
 }
 
 /// The hidden states that predict a token, and the tokens. ITG reads the same texts with `[DEC]` in the place of `[CLS]` and
 /// predicts every token behind it.
 fn itg_by_length(
-    model: &Stage1,
+    reader: &Reader,
     caches: &[KvCache],
     texts: &Texts,
     parts: &ByLength,
     dropout: &Dropout,
 ) -> Result<(Tensor, Vec<u32>)> {
-    let dec = model.config().qformer.vocab_size as u32 - 1;
+    let dec = dec(&reader.model);
     let (mut hidden, mut wanted) = (Vec::new(), Vec::new());
     for (rows, longest) in &parts.parts {
         let texts = texts.part(rows, *longest)?;
         let (ids, targets) = itg_inputs(&texts, dec)?;
         let mut caches = caches.to_vec();
         caches.iter_mut().try_for_each(|cache| cache.reorder(rows))?;
-        let states = model.itg(&caches, &ids, &texts.tokens, dropout)?;
+        let states = reader.model.itg(&caches, &reader.rows(&ids)?, &texts.tokens, dropout)?;
         hidden.push(targets.select(&states)?);
         wanted.extend(targets.tokens());
     }

@@ -103,6 +103,7 @@ pub enum TextBranch {
 }
 
 /// What text needs: absent in stage 2, where queries never meet word pieces.
+#[derive(Clone)]
 struct TextEmbeddings {
     words: Tensor,
     positions: Tensor,
@@ -110,13 +111,16 @@ struct TextEmbeddings {
 }
 
 /// Hidden state → logits over word pieces, tied to the word embeddings.
+#[derive(Clone)]
 struct LmHead {
+    words: Tensor,
     dense: Linear,
     norm: LayerNorm,
     bias: Tensor,
 }
 
 /// A feed-forward network with its residual and norm.
+#[derive(Clone)]
 struct FeedForward {
     mlp: Mlp,
     norm: LayerNorm,
@@ -135,11 +139,13 @@ impl FeedForward {
     }
 }
 
+#[derive(Clone)]
 struct CrossAttention {
     attn: Attention,
     norm: LayerNorm,
 }
 
+#[derive(Clone)]
 struct Layer {
     self_attn: Attention,
     self_attn_norm: LayerNorm,
@@ -252,6 +258,7 @@ impl Picture {
 }
 
 /// The bridge: learned queries that read a picture, and text that shares their self-attention.
+#[derive(Clone)]
 pub struct QFormer {
     config: QFormerConfig,
     query_tokens: Tensor,
@@ -290,6 +297,18 @@ impl QFormer {
     #[must_use]
     pub fn config(&self) -> &QFormerConfig {
         &self.config
+    }
+
+    /// This Q-Former, reading the words `ids` alone: token i is then the word that stands i-th in `ids`. The gradient of all
+    /// word embeddings is made once by many passes, not by each. The head speaks all words as before.
+    ///
+    /// # Errors
+    /// If there is no text branch, or no such word.
+    pub fn with_words(&self, ids: &Tensor) -> Result<Self> {
+        let mut few = self.clone();
+        let text = few.text.as_mut().ok_or_else(no_text)?;
+        text.words = blip2_ops::embedding(&text.words, ids)?;
+        Ok(few)
     }
 
     /// Projects picture tokens (b, p, `encoder_width`) to the keys and values of every cross-attention.
@@ -407,7 +426,7 @@ impl QFormer {
         })?;
         let x = blip2_ops::gelu(&head.dense.forward(hidden)?)?;
         let x = head.norm.forward(&x)?;
-        Ok(blip2_ops::linear(&x, &text.words, Some(&head.bias))?)
+        Ok(blip2_ops::linear(&x, &head.words, Some(&head.bias))?)
     }
 
     fn expand_queries(&self, batch: usize) -> Result<Tensor> {
@@ -438,21 +457,23 @@ impl QFormer {
 impl TextEmbeddings {
     fn new(params: &Params, config: &QFormerConfig, text: TextBranch) -> Result<Self> {
         let w = config.width;
-        let head = || LmHead::new(&params.pp("lm_head"), config);
+        let words = params.pp("word_embeddings").tensor("weight", &[config.vocab_size, w])?;
+        let head = || LmHead::new(&params.pp("lm_head"), config, words.clone());
         Ok(Self {
-            words: params.pp("word_embeddings").tensor("weight", &[config.vocab_size, w])?,
             positions: params
                 .pp("position_embeddings")
                 .tensor("weight", &[config.max_positions, w])?,
             head: (text == TextBranch::Whole).then(head).transpose()?,
+            words,
         })
     }
 }
 
 impl LmHead {
-    fn new(params: &Params, config: &QFormerConfig) -> Result<Self> {
+    fn new(params: &Params, config: &QFormerConfig, words: Tensor) -> Result<Self> {
         let w = config.width;
         Ok(Self {
+            words,
             dense: params.pp("dense").linear(w, w, true)?,
             norm: params.pp("norm").layer_norm(w, config.layer_norm_eps)?,
             bias: params.tensor("bias", &[config.vocab_size])?,

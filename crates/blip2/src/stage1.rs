@@ -43,6 +43,7 @@ pub struct ImageFeatures {
 }
 
 /// The stage-1 model without its image encoder.
+#[derive(Clone)]
 pub struct Stage1 {
     config: Stage1Config,
     ln_vision: LayerNorm,
@@ -99,6 +100,14 @@ impl Stage1 {
     #[must_use]
     pub fn qformer(&self) -> &QFormer {
         &self.qformer
+    }
+
+    /// This model with [`QFormer::with_words`].
+    ///
+    /// # Errors
+    /// If there is no such word.
+    pub fn with_words(&self, ids: &Tensor) -> Result<Self> {
+        Ok(Self { qformer: self.qformer.with_words(ids)?, ..self.clone() })
     }
 
     /// Image-encoder output (b, p, encoder width) → everything stage 1 wants of a picture.

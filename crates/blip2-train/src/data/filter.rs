@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use image::RgbaImage;
 
-use super::rng::hash_str;
+use crate::rng::hash_str;
 
 /// What a picture looks like, for comparison.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -148,6 +148,8 @@ pub struct Item<'a> {
     pub concept: &'a str,
     /// Its head noun.
     pub noun: &'a str,
+    /// Never held out, nor are others of its concept.
+    pub train_only: bool,
 }
 
 /// Assigns concepts to splits. `same_group` lists pairs of items that must stay together (near-duplicates).
@@ -156,7 +158,7 @@ pub struct Item<'a> {
 /// concepts joined by near-duplicates; a group goes to one split as a whole. A bare noun ("tiger") stays
 /// in train when other concepts share the noun, so that held-out pictures ask for known words in new
 /// company; groups whose noun nobody else has are held out rarely, so that the test has unknown
-/// nouns too, and large groups (chains of look-alikes) never.
+/// nouns too, and large groups (chains of look-alikes) and those with an item for training only never.
 pub fn split(items: &[Item<'_>], same_group: &[(usize, usize)], seed: u64) -> Vec<Split> {
     let names: BTreeSet<&str> = items.iter().map(|i| i.concept).collect();
     let number: HashMap<&str, usize> = names.iter().enumerate().map(|(n, c)| (*c, n)).collect();
@@ -168,8 +170,12 @@ pub fn split(items: &[Item<'_>], same_group: &[(usize, usize)], seed: u64) -> Ve
     let mut concepts: BTreeMap<usize, BTreeSet<&str>> = BTreeMap::new();
     let mut nouns: BTreeMap<usize, BTreeSet<&str>> = BTreeMap::new();
     let mut groups_of_noun: BTreeMap<&str, BTreeSet<usize>> = BTreeMap::new();
+    let mut train_only: BTreeSet<usize> = BTreeSet::new();
     for item in items {
         let group = sets.find(number[item.concept]);
+        if item.train_only {
+            train_only.insert(group);
+        }
         concepts.entry(group).or_default().insert(item.concept);
         nouns.entry(group).or_default().insert(item.noun);
         groups_of_noun.entry(item.noun).or_default().insert(group);
@@ -181,7 +187,7 @@ pub fn split(items: &[Item<'_>], same_group: &[(usize, usize)], seed: u64) -> Ve
         let shared = nouns.iter().all(|n| groups_of_noun[n].len() > 1);
         let bare = concepts.iter().any(|c| nouns.contains(c));
         let (test, val) = match () {
-            () if concepts.len() > 4 => (0.0, 0.0),
+            () if concepts.len() > 4 || train_only.contains(&group) => (0.0, 0.0),
             () if shared && bare => (0.0, 0.0),
             () if shared => (0.17, 0.08),
             () => (0.03, 0.015),
@@ -218,13 +224,17 @@ mod tests {
     fn groups_stay_together() {
         let words: Vec<String> = (0..600).map(|i| format!("kind{} tiger{}", i, i % 7)).collect();
         let nouns: Vec<String> = (0..600).map(|i| format!("tiger{}", i % 7)).collect();
-        let items: Vec<Item<'_>> =
-            words.iter().zip(&nouns).map(|(c, n)| Item { concept: c, noun: n }).collect();
+        let items: Vec<Item<'_>> = words
+            .iter()
+            .zip(&nouns)
+            .map(|(c, n)| Item { concept: c, noun: n, train_only: c == "kind5 tiger5" })
+            .collect();
         let pairs: Vec<(usize, usize)> = (0..300).map(|i| (i, i + 300)).collect();
         let splits = split(&items, &pairs, 1);
         for (a, b) in pairs {
             assert_eq!(splits[a], splits[b]);
         }
+        assert_eq!(splits[5], Split::Train);
         let test = splits.iter().filter(|s| **s == Split::Test).count();
         assert!((40..170).contains(&test), "{test}");
     }

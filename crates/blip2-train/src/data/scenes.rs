@@ -6,9 +6,9 @@
 use image::{RgbImage, RgbaImage};
 
 use super::paint::{self, Background, Shape};
-use super::rng::Rng;
 use super::sample::{Meta, QuestionAnswer};
 use super::text;
+use crate::rng::Rng;
 
 /// A cut-out that scenes may use.
 #[derive(Clone, Debug)]
@@ -146,10 +146,9 @@ struct Said {
 /// A thing's place: centre and longer side, in shares of the canvas.
 type Spot = (f64, f64, f64);
 
-/// Composes scene number `key` of a pool, `side` pixels square.
-pub fn compose(key: &[u64], pool: &Pool, side: u32) -> Scene {
-    let mut rng = Rng::new(key);
-    let mut draw = rng.unit();
+/// Composes the scene that `rng` draws from a pool, `side` pixels square.
+pub fn compose(mut rng: Rng, pool: &Pool, side: u32) -> Scene {
+    let mut draw = rng.uniform();
     let mut topic = Topic::Count;
     for (candidate, share) in TOPICS {
         if draw < share {

@@ -14,8 +14,8 @@ use std::sync::Mutex;
 
 use blip2::pack::make_readable;
 
-use super::rng::Rng;
 use super::sample::{Meta, Sample};
+use crate::rng::Rng;
 use crate::{Error, Result};
 
 const BLOCK: u64 = 512;
@@ -659,7 +659,7 @@ impl Dataset {
     /// The order of epoch `epoch`: a permutation of all samples that depends on (seed, epoch) only.
     pub fn order(&self, seed: u64, epoch: u64) -> Vec<u32> {
         let mut order: Vec<u32> = (0..self.len() as u32).collect();
-        Rng::new(&[seed, epoch, 0x0073_6875_6666_6c65]).shuffle(&mut order);
+        Rng::new(seed, &[epoch, 0x0073_6875_6666_6c65]).shuffle(&mut order);
         order
     }
 }

