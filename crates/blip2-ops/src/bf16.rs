@@ -10,10 +10,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use rayon::prelude::*;
 
 use crate::matrix::{Output, Rows, RowsMut, split_columns};
+use crate::tile::{COLUMNS, Row};
 
-/// Rows of a in a tile, and columns of b: their sums fill the registers.
+/// Rows of a in a tile: with two vectors of columns of b, their sums fill the registers.
 const ROWS: usize = 14;
-const COLUMNS: usize = 32;
+const _: () = assert!(COLUMNS == 32);
 /// Pairs along k that a tile goes through at once: a panel of b then fits the nearest cache.
 const PAIRS: usize = 256;
 /// Panels of a, and of b, that make a piece of work.
@@ -107,10 +108,48 @@ fn product_with(
     a: Rows<'_>,
     b: Rows<'_>,
 ) {
+    multiply(fast, out, output, alpha, a, |words| pack(fast, b.transpose(), words));
+}
+
+/// Some outputs of a frozen weight in f32, [`COLUMNS`] of them side by side: `[panel][k][columns]`.
+#[derive(Clone, Copy)]
+pub(crate) struct Side<'a> {
+    pub(crate) rows: &'a [Row],
+    pub(crate) width: usize,
+}
+
+impl Side<'_> {
+    /// Whether [`Self::forward`] and [`Self::backward`] of `n` rows are worth it.
+    pub(crate) fn suits(n: usize, width: usize) -> bool {
+        is_on() && n.min(width) >= THINNEST
+    }
+
+    /// `y (n, outputs) [+]= x (n, width) · weightᵀ`. The panels are nearly what is wanted.
+    pub(crate) fn forward(self, y: RowsMut<'_>, output: Output, x: Rows<'_>) {
+        let fast = Fast::detect();
+        multiply(fast, y, output, 1.0, x, |words| pack_panels(fast, self, words));
+    }
+
+    /// `dx (n, width) [+]= dy (n, outputs) · weight`.
+    pub(crate) fn backward(self, dx: RowsMut<'_>, output: Output, dy: Rows<'_>) {
+        let (fast, pairs) = (Fast::detect(), dy.ncols().div_ceil(2));
+        multiply(fast, dx, output, 1.0, dy, |words| pack_turned(fast, self, pairs, words));
+    }
+}
+
+/// `out (m,n) [+]= alpha * a (m,k) · b (k,n)`, where `pack_b` makes the panels of b.
+fn multiply(
+    fast: Option<Fast>,
+    out: RowsMut<'_>,
+    output: Output,
+    alpha: f32,
+    a: Rows<'_>,
+    pack_b: impl FnOnce(&mut Vec<Words<COLUMNS>>),
+) {
     let pairs = a.ncols().div_ceil(2);
     let (mut words_a, mut words_b) = spare().pop().unwrap_or_default();
     pack(fast, a, &mut words_a);
-    pack(fast, b.transpose(), &mut words_b);
+    pack_b(&mut words_b);
     let panels_a: Vec<_> = words_a.chunks_exact(pairs).collect();
     let panels_b: Vec<_> = words_b.chunks_exact(pairs).collect();
     let mut pieces = Vec::new();
@@ -196,6 +235,64 @@ fn pack<const LANES: usize>(fast: Option<Fast>, matrix: Rows<'_>, words: &mut Ve
             },
         );
     });
+}
+
+/// Panels of a frozen weight: two neighbouring k become a word.
+fn pack_panels(fast: Option<Fast>, weight: Side<'_>, words: &mut Vec<Words<COLUMNS>>) {
+    let Side { rows, width } = weight;
+    let pairs = width.div_ceil(2);
+    words.resize(rows.len() / width * pairs, [0; COLUMNS]);
+    let panels = words.par_chunks_mut(pairs).zip(rows.par_chunks(width));
+    panels.for_each(|(words, rows)| {
+        compile(
+            fast,
+            #[inline(always)]
+            || {
+                for (words, rows) in words.iter_mut().zip(rows.chunks(2)) {
+                    pack_across(&rows[0], rows.get(1).map_or(&[][..], |row| row), words);
+                }
+            },
+        );
+    });
+}
+
+/// The same turned: k counts outputs, of which two neighbours become a word, and a lane is one of the weight's columns.
+fn pack_turned(
+    fast: Option<Fast>,
+    weight: Side<'_>,
+    pairs: usize,
+    words: &mut Vec<Words<COLUMNS>>,
+) {
+    let Side { rows, width } = weight;
+    words.resize(width.div_ceil(COLUMNS) * pairs, [0; COLUMNS]);
+    words.par_chunks_mut(pairs).enumerate().for_each(|(i, words)| {
+        let lanes = i * COLUMNS..width.min((i + 1) * COLUMNS);
+        compile(
+            fast,
+            #[inline(always)]
+            || {
+                for (panel, words) in rows.chunks(width).zip(words.chunks_mut(COLUMNS / 2)) {
+                    turn(&panel[lanes.clone()], words);
+                }
+            },
+        );
+    });
+}
+
+/// A row for each lane, of [`COLUMNS`] positions along k, to a word of each lane for every two of them. Missing lanes are 0.
+#[inline(always)]
+fn turn(rows: &[Row], words: &mut [Words<COLUMNS>]) {
+    let mut lanes = [[0u32; COLUMNS / 2]; COLUMNS];
+    for (lane, row) in lanes.iter_mut().zip(rows) {
+        for (word, [low, high]) in lane.iter_mut().zip(row.as_chunks::<2>().0) {
+            *word = bits(*low) | bits(*high) << 16;
+        }
+    }
+    for (p, words) in words.iter_mut().enumerate() {
+        for (word, lane) in words.iter_mut().zip(&lanes) {
+            *word = lane[p];
+        }
+    }
 }
 
 /// Lane by lane: each is contiguous along k.
@@ -363,6 +460,7 @@ mod tests {
 
     use super::*;
     use crate::matrix;
+    use crate::panel::Panels;
 
     fn numbers(n: usize, seed: u32) -> Vec<f32> {
         let mut state = seed;
@@ -419,6 +517,37 @@ mod tests {
                     check(fast, sizes, turned);
                 }
             }
+        }
+    }
+
+    /// Whatever the panels' last columns and an odd k.
+    #[test]
+    fn panels_of_a_weight_give_what_its_rows_give() {
+        for [n, width, outputs] in [[16, 16, 16], [20, 33, 70], [17, 64, 31], [40, 100, 129]] {
+            let (weight, x) = (numbers(outputs * width, 1), numbers(n * width, 2));
+            let panels = Panels::f32(outputs, width, |i| weight[i]);
+            let rows = panels.floats(0..outputs.div_ceil(COLUMNS));
+            let side = Side { rows: &rows, width };
+            let by_rows = matrix::rows(&weight, outputs, width);
+            let product = |f: &dyn Fn(RowsMut<'_>), columns| {
+                let mut out = numbers(n * columns, 3);
+                f(matrix::rows_mut(&mut out, n, columns));
+                out
+            };
+            let x = matrix::rows(&x, n, width);
+            let ours = product(&|y| side.forward(y, Output::Replace, x), outputs);
+            let theirs = |y: RowsMut<'_>| {
+                product_with(Fast::detect(), y, Output::Replace, 1.0, x, by_rows.transpose());
+            };
+            assert_eq!(ours, product(&theirs, outputs), "{n} {width} {outputs}");
+
+            let dy = numbers(n * outputs, 4);
+            let dy = matrix::rows(&dy, n, outputs);
+            let ours = product(&|dx| side.backward(dx, Output::Add, dy), width);
+            let theirs = |dx: RowsMut<'_>| {
+                product_with(Fast::detect(), dx, Output::Add, 1.0, dy, by_rows);
+            };
+            assert_eq!(ours, product(&theirs, width), "{n} {width} {outputs}, backward");
         }
     }
 

@@ -15,7 +15,7 @@ use half::f16;
 use half::slice::HalfFloatSliceExt as _;
 use rayon::prelude::*;
 
-use crate::gemm::{self, Output, Threads, product};
+use crate::gemm::{self, Output, Rows, RowsMut, Threads, product};
 use crate::host::{self, Host};
 use crate::linear::{check_bias, fill_rows, out_shape};
 use crate::panel::{Arithmetic, IntKind, Panels};
@@ -440,9 +440,9 @@ impl FrozenLinear {
             work::product(n, width, out);
             return Ok(panels.product(x, n, bias, self.arithmetic));
         }
-        let reader = Reader::new(&self.weight)?;
+        let mut blocks = Blocks::new(&self.weight, n)?;
         if n <= FEW_ROWS {
-            return Ok(few_rows(&reader, x, n, out, bias));
+            return Ok(few_rows(&blocks.reader, x, n, out, bias));
         }
         let mut y = vec![0f32; n * out];
         let output = match bias {
@@ -452,36 +452,84 @@ impl FrozenLinear {
             }
             None => Output::Replace,
         };
-        let x = gemm::rows(x, n, width);
-        let step = reader.step();
-        let mut unpacked = vec![0f32; step.min(out) * width];
+        let (x, step) = (gemm::rows(x, n, width), blocks.reader.step());
         let columns = gemm::split_columns(gemm::rows_mut(&mut y, n, out), step);
         for (i, y) in columns.into_iter().enumerate() {
-            let rows = y.ncols();
-            let w = &mut unpacked[..rows * width];
-            reader.fill(i * step, w);
-            product(y, output, 1.0, x, gemm::rows(w, rows, width).transpose(), Threads::All);
+            blocks.forward(y, output, x, i * step);
         }
         Ok(y)
     }
 
     fn backward(&self, dy: &[f32], n: usize) -> Result<Vec<f32>> {
         let (out, width) = self.weight.shape();
-        let reader = Reader::new(&self.weight)?;
+        let mut blocks = Blocks::new(&self.weight, n)?;
         work::read(self.weight.bytes());
         let mut dx = vec![0f32; n * width];
-        let step = reader.step();
-        let mut unpacked = vec![0f32; step.min(out) * width];
+        let step = blocks.reader.step();
         for first in (0..out).step_by(step) {
-            let rows = step.min(out - first);
-            let w = &mut unpacked[..rows * width];
-            reader.fill(first, w);
-            let (dy, w) = (gemm::columns(dy, n, out, first, rows), gemm::rows(w, rows, width));
+            let dy = gemm::columns(dy, n, out, first, step.min(out - first));
             let output = if first == 0 { Output::Replace } else { Output::Add };
-            product(gemm::rows_mut(&mut dx, n, width), output, 1.0, dy, w, Threads::All);
+            blocks.backward(gemm::rows_mut(&mut dx, n, width), output, dy, first);
         }
         Ok(dx)
     }
+}
+
+/// A weight's rows, some at a time, as they are multiplied with n rows of x.
+struct Blocks<'a> {
+    reader: Reader<'a>,
+    /// Its panels, if the product is one of mixed precision: they need not be turned into rows first.
+    mixed: Option<&'a Panels>,
+    unpacked: Vec<f32>,
+}
+
+impl<'a> Blocks<'a> {
+    fn new(weight: &'a FrozenWeight, n: usize) -> Result<Self> {
+        let reader = Reader::new(weight)?;
+        let mixed = match &weight.inner.store {
+            Store::Panels(panels) if bf16::Side::suits(n, reader.width) => Some(panels),
+            _ => None,
+        };
+        Ok(Self { reader, mixed, unpacked: Vec::new() })
+    }
+
+    /// `y [+]= x · wᵀ`, w the rows from row `first` on, one for each column of y.
+    fn forward(&mut self, y: RowsMut<'_>, output: Output, x: Rows<'_>, first: usize) {
+        let rows = y.ncols();
+        if let Some(panels) = self.mixed {
+            work::product(x.nrows(), x.ncols(), rows);
+            let floats = panels.floats(panels_of(first, rows));
+            bf16::Side { rows: &floats, width: x.ncols() }.forward(y, output, x);
+            return;
+        }
+        let w = self.rows(first, rows).transpose();
+        product(y, output, 1.0, x, w, Threads::All);
+    }
+
+    /// `dx [+]= dy · w`, w the rows from row `first` on, one for each column of dy.
+    fn backward(&mut self, dx: RowsMut<'_>, output: Output, dy: Rows<'_>, first: usize) {
+        let rows = dy.ncols();
+        if let Some(panels) = self.mixed {
+            work::product(dy.nrows(), rows, dx.ncols());
+            let floats = panels.floats(panels_of(first, rows));
+            bf16::Side { rows: &floats, width: dx.ncols() }.backward(dx, output, dy);
+            return;
+        }
+        let w = self.rows(first, rows);
+        product(dx, output, 1.0, dy, w, Threads::All);
+    }
+
+    fn rows(&mut self, first: usize, rows: usize) -> Rows<'_> {
+        let width = self.reader.width;
+        self.unpacked.resize(rows * width, 0.0);
+        self.reader.fill(first, &mut self.unpacked);
+        gemm::rows(&self.unpacked, rows, width)
+    }
+}
+
+/// The panels that hold rows `first..first + rows`; `first` begins one.
+fn panels_of(first: usize, rows: usize) -> std::ops::Range<usize> {
+    first / COLUMNS..(first + rows).div_ceil(COLUMNS)
 }
 
 /// Dot products of every weight row with each of a few rows of x.

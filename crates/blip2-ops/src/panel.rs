@@ -279,12 +279,27 @@ impl Panels {
 
     /// The rows of `panel` in f32, one after the other, as many as `out` has room for.
     pub(crate) fn rows_of(&self, panel: usize, out: &mut [f32]) {
+        // A few k at a time: a row's weights lie far apart, and what lies between them should not be read again for each row.
+        const FEW: usize = 32;
         let unpacked = self.unpacked(panel);
-        for (c, row) in out.chunks_exact_mut(self.width).enumerate() {
-            for (out, weights) in row.iter_mut().zip(&*unpacked) {
-                *out = weights[c];
+        for (i, part) in unpacked.chunks(FEW).enumerate() {
+            for (c, row) in out.chunks_exact_mut(self.width).enumerate() {
+                for (out, weights) in row[i * FEW..].iter_mut().zip(part) {
+                    *out = weights[c];
+                }
             }
         }
+    }
+
+    /// Panels `range` in f32, one after the other: a row of columns for each k.
+    pub(crate) fn floats(&self, range: Range<usize>) -> Cow<'_, [Row]> {
+        if let Store::F32(rows) = &self.store {
+            return Cow::Borrowed(&rows[range.start * self.width..range.end * self.width]);
+        }
+        let mut floats = vec![[0f32; COLUMNS]; range.len() * self.width];
+        let panels = floats.par_chunks_mut(self.width.max(1)).zip(range);
+        panels.for_each(|(rows, panel)| rows.copy_from_slice(&self.unpacked(panel)));
+        Cow::Owned(floats)
     }
 
     /// A panel in f32: a row of columns for each k.
