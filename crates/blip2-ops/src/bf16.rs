@@ -11,9 +11,11 @@ use rayon::prelude::*;
 
 use crate::matrix::{Output, Rows, RowsMut, split_columns};
 use crate::tile::{COLUMNS, Row};
+use crate::work;
 
 /// Rows of a in a tile: with two vectors of columns of b, their sums fill the registers.
 const ROWS: usize = 14;
+// `x86::tile` has two vectors of 16 columns.
 const _: () = assert!(COLUMNS == 32);
 /// Pairs along k that a tile goes through at once: a panel of b then fits the nearest cache.
 const PAIRS: usize = 256;
@@ -29,12 +31,12 @@ const STRIDES: &str = "bf16 products are of matrices with a contiguous dimension
 type Words<const LANES: usize> = [u32; LANES];
 
 /// Memory for the panels of both factors.
-type Panels = (Vec<Words<ROWS>>, Vec<Words<COLUMNS>>);
+type Scratch = (Vec<Words<ROWS>>, Vec<Words<COLUMNS>>);
 
 /// Memory of earlier products, taken and put back; seldom more than one.
-static SPARE: Mutex<Vec<Panels>> = Mutex::new(Vec::new());
+static SPARE: Mutex<Vec<Scratch>> = Mutex::new(Vec::new());
 
-fn spare() -> MutexGuard<'static, Vec<Panels>> {
+fn spare() -> MutexGuard<'static, Vec<Scratch>> {
     SPARE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -111,27 +113,31 @@ fn product_with(
     multiply(fast, out, output, alpha, a, |words| pack(fast, b.transpose(), words));
 }
 
-/// Some outputs of a frozen weight in f32, [`COLUMNS`] of them side by side: `[panel][k][columns]`.
+/// Some outputs of a frozen weight in f32, [`COLUMNS`] of them side by side.
 #[derive(Clone, Copy)]
-pub(crate) struct Side<'a> {
-    pub(crate) rows: &'a [Row],
+pub(crate) struct FrozenPanels<'a> {
+    /// `[panel][k][columns]`.
+    pub(crate) floats: &'a [Row],
+    /// Positions along k.
     pub(crate) width: usize,
 }
 
-impl Side<'_> {
-    /// Whether [`Self::forward`] and [`Self::backward`] of `n` rows are worth it.
-    pub(crate) fn suits(n: usize, width: usize) -> bool {
-        is_on() && n.min(width) >= THINNEST
+impl FrozenPanels<'_> {
+    /// Whether products of `n` rows with a weight `(out, width)` are worth it.
+    pub(crate) fn suits(n: usize, out: usize, width: usize) -> bool {
+        is_on() && n.min(out).min(width) >= THINNEST
     }
 
     /// `y (n, outputs) [+]= x (n, width) · weightᵀ`. The panels are nearly what is wanted.
     pub(crate) fn forward(self, y: RowsMut<'_>, output: Output, x: Rows<'_>) {
+        work::product(y.nrows(), self.width, y.ncols());
         let fast = Fast::detect();
         multiply(fast, y, output, 1.0, x, |words| pack_panels(fast, self, words));
     }
 
     /// `dx (n, width) [+]= dy (n, outputs) · weight`.
     pub(crate) fn backward(self, dx: RowsMut<'_>, output: Output, dy: Rows<'_>) {
+        work::product(dy.nrows(), dy.ncols(), self.width);
         let (fast, pairs) = (Fast::detect(), dy.ncols().div_ceil(2));
         multiply(fast, dx, output, 1.0, dy, |words| pack_turned(fast, self, pairs, words));
     }
@@ -238,11 +244,11 @@ fn pack<const LANES: usize>(fast: Option<Fast>, matrix: Rows<'_>, words: &mut Ve
 }
 
 /// Panels of a frozen weight: two neighbouring k become a word.
-fn pack_panels(fast: Option<Fast>, weight: Side<'_>, words: &mut Vec<Words<COLUMNS>>) {
-    let Side { rows, width } = weight;
+fn pack_panels(fast: Option<Fast>, weight: FrozenPanels<'_>, words: &mut Vec<Words<COLUMNS>>) {
+    let FrozenPanels { floats, width } = weight;
     let pairs = width.div_ceil(2);
-    words.resize(rows.len() / width * pairs, [0; COLUMNS]);
-    let panels = words.par_chunks_mut(pairs).zip(rows.par_chunks(width));
+    words.resize(floats.len() / width * pairs, [0; COLUMNS]);
+    let panels = words.par_chunks_mut(pairs).zip(floats.par_chunks(width));
     panels.for_each(|(words, rows)| {
         compile(
             fast,
@@ -259,11 +265,11 @@ fn pack_panels(fast: Option<Fast>, weight: Side<'_>, words: &mut Vec<Words<COLUM
 /// The same turned: k counts outputs, of which two neighbours become a word, and a lane is one of the weight's columns.
 fn pack_turned(
     fast: Option<Fast>,
-    weight: Side<'_>,
+    weight: FrozenPanels<'_>,
     pairs: usize,
     words: &mut Vec<Words<COLUMNS>>,
 ) {
-    let Side { rows, width } = weight;
+    let FrozenPanels { floats, width } = weight;
     words.resize(width.div_ceil(COLUMNS) * pairs, [0; COLUMNS]);
     words.par_chunks_mut(pairs).enumerate().for_each(|(i, words)| {
         let lanes = i * COLUMNS..width.min((i + 1) * COLUMNS);
@@ -271,7 +277,7 @@ fn pack_turned(
             fast,
             #[inline(always)]
             || {
-                for (panel, words) in rows.chunks(width).zip(words.chunks_mut(COLUMNS / 2)) {
+                for (panel, words) in floats.chunks(width).zip(words.chunks_mut(COLUMNS / 2)) {
                     turn(&panel[lanes.clone()], words);
                 }
             },
@@ -526,8 +532,9 @@ mod tests {
         for [n, width, outputs] in [[16, 16, 16], [20, 33, 70], [17, 64, 31], [40, 100, 129]] {
             let (weight, x) = (numbers(outputs * width, 1), numbers(n * width, 2));
             let panels = Panels::f32(outputs, width, |i| weight[i]);
-            let rows = panels.floats(0..outputs.div_ceil(COLUMNS));
-            let side = Side { rows: &rows, width };
+            let mut floats = Vec::new();
+            let floats = panels.floats(0..outputs.div_ceil(COLUMNS), &mut floats);
+            let frozen = FrozenPanels { floats, width };
             let by_rows = matrix::rows(&weight, outputs, width);
             let product = |f: &dyn Fn(RowsMut<'_>), columns| {
                 let mut out = numbers(n * columns, 3);
@@ -535,7 +542,7 @@ mod tests {
                 out
             };
             let x = matrix::rows(&x, n, width);
-            let ours = product(&|y| side.forward(y, Output::Replace, x), outputs);
+            let ours = product(&|y| frozen.forward(y, Output::Replace, x), outputs);
             let theirs = |y: RowsMut<'_>| {
                 product_with(Fast::detect(), y, Output::Replace, 1.0, x, by_rows.transpose());
             };
@@ -543,7 +550,7 @@ mod tests {
 
             let dy = numbers(n * outputs, 4);
             let dy = matrix::rows(&dy, n, outputs);
-            let ours = product(&|dx| side.backward(dx, Output::Add, dy), width);
+            let ours = product(&|dx| frozen.backward(dx, Output::Add, dy), width);
             let theirs = |dx: RowsMut<'_>| {
                 product_with(Fast::detect(), dx, Output::Add, 1.0, dy, by_rows);
             };

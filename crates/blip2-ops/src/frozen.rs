@@ -15,11 +15,12 @@ use half::f16;
 use half::slice::HalfFloatSliceExt as _;
 use rayon::prelude::*;
 
+use crate::bf16::FrozenPanels;
 use crate::gemm::{self, Output, Rows, RowsMut, Threads, product};
 use crate::host::{self, Host};
 use crate::linear::{check_bias, fill_rows, out_shape};
 use crate::panel::{Arithmetic, IntKind, Panels};
-use crate::tile::COLUMNS;
+use crate::tile::{COLUMNS, Row};
 use crate::{bf16, quant, work};
 
 const NAME: &str = "frozen_linear";
@@ -480,56 +481,53 @@ struct Blocks<'a> {
     reader: Reader<'a>,
     /// Its panels, if the product is one of mixed precision: they need not be turned into rows first.
     mixed: Option<&'a Panels>,
-    unpacked: Vec<f32>,
+    rows: Vec<f32>,
+    floats: Vec<Row>,
 }
 
 impl<'a> Blocks<'a> {
     fn new(weight: &'a FrozenWeight, n: usize) -> Result<Self> {
         let reader = Reader::new(weight)?;
+        let (out, width) = weight.shape();
         let mixed = match &weight.inner.store {
-            Store::Panels(panels) if bf16::Side::suits(n, reader.width) => Some(panels),
+            Store::Panels(panels) if FrozenPanels::suits(n, out, width) => Some(panels),
             _ => None,
         };
-        Ok(Self { reader, mixed, unpacked: Vec::new() })
+        Ok(Self { reader, mixed, rows: Vec::new(), floats: Vec::new() })
     }
 
     /// `y [+]= x · wᵀ`, w the rows from row `first` on, one for each column of y.
     fn forward(&mut self, y: RowsMut<'_>, output: Output, x: Rows<'_>, first: usize) {
-        let rows = y.ncols();
-        if let Some(panels) = self.mixed {
-            work::product(x.nrows(), x.ncols(), rows);
-            let floats = panels.floats(panels_of(first, rows));
-            bf16::Side { rows: &floats, width: x.ncols() }.forward(y, output, x);
-            return;
+        let count = y.ncols();
+        match self.panels(first, count) {
+            Some(panels) => panels.forward(y, output, x),
+            None => product(y, output, 1.0, x, self.rows(first, count).transpose(), Threads::All),
         }
-        let w = self.rows(first, rows).transpose();
-        product(y, output, 1.0, x, w, Threads::All);
     }
 
     /// `dx [+]= dy · w`, w the rows from row `first` on, one for each column of dy.
     fn backward(&mut self, dx: RowsMut<'_>, output: Output, dy: Rows<'_>, first: usize) {
-        let rows = dy.ncols();
-        if let Some(panels) = self.mixed {
-            work::product(dy.nrows(), rows, dx.ncols());
-            let floats = panels.floats(panels_of(first, rows));
-            bf16::Side { rows: &floats, width: dx.ncols() }.backward(dx, output, dy);
-            return;
+        let count = dy.ncols();
+        match self.panels(first, count) {
+            Some(panels) => panels.backward(dx, output, dy),
+            None => product(dx, output, 1.0, dy, self.rows(first, count), Threads::All),
         }
-        let w = self.rows(first, rows);
-        product(dx, output, 1.0, dy, w, Threads::All);
     }
 
-    fn rows(&mut self, first: usize, rows: usize) -> Rows<'_> {
+    /// The panels of `count` rows from `first` on, which begins one, if they are to be multiplied so.
+    fn panels(&mut self, first: usize, count: usize) -> Option<FrozenPanels<'_>> {
+        let range = first / COLUMNS..(first + count).div_ceil(COLUMNS);
+        let floats = self.mixed?.floats(range, &mut self.floats);
+        Some(FrozenPanels { floats, width: self.reader.width })
+    }
+
+    /// `count` rows from `first` on.
+    fn rows(&mut self, first: usize, count: usize) -> Rows<'_> {
         let width = self.reader.width;
-        self.unpacked.resize(rows * width, 0.0);
-        self.reader.fill(first, &mut self.unpacked);
-        gemm::rows(&self.unpacked, rows, width)
+        self.rows.resize(count * width, 0.0);
+        self.reader.fill(first, &mut self.rows);
+        gemm::rows(&self.rows, count, width)
     }
-}
-
-/// The panels that hold rows `first..first + rows`; `first` begins one.
-fn panels_of(first: usize, rows: usize) -> std::ops::Range<usize> {
-    first / COLUMNS..(first + rows).div_ceil(COLUMNS)
 }
 
 /// Dot products of every weight row with each of a few rows of x.

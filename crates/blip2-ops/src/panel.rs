@@ -291,40 +291,45 @@ impl Panels {
         }
     }
 
-    /// Panels `range` in f32, one after the other: a row of columns for each k.
-    pub(crate) fn floats(&self, range: Range<usize>) -> Cow<'_, [Row]> {
+    /// Panels `range` in f32, one after the other: a row of columns for each k. They are unpacked to `memory`, unless they
+    /// lie so.
+    pub(crate) fn floats<'a>(&'a self, range: Range<usize>, memory: &'a mut Vec<Row>) -> &'a [Row] {
         if let Store::F32(rows) = &self.store {
-            return Cow::Borrowed(&rows[range.start * self.width..range.end * self.width]);
+            return &rows[range.start * self.width..range.end * self.width];
         }
-        let mut floats = vec![[0f32; COLUMNS]; range.len() * self.width];
-        let panels = floats.par_chunks_mut(self.width.max(1)).zip(range);
-        panels.for_each(|(rows, panel)| rows.copy_from_slice(&self.unpacked(panel)));
-        Cow::Owned(floats)
+        memory.resize(range.len() * self.width, [0.0; COLUMNS]);
+        let panels = memory.par_chunks_mut(self.width.max(1)).zip(range);
+        panels.for_each(|(rows, panel)| self.unpack(panel, rows));
+        memory
     }
 
     /// A panel in f32: a row of columns for each k.
     fn unpacked(&self, panel: usize) -> Cow<'_, [Row]> {
+        if let Store::F32(rows) = &self.store {
+            return Cow::Borrowed(&rows[panel * self.width..(panel + 1) * self.width]);
+        }
+        let mut unpacked = vec![[0f32; COLUMNS]; self.width];
+        self.unpack(panel, &mut unpacked);
+        Cow::Owned(unpacked)
+    }
+
+    /// The same to `out`, `width` rows.
+    fn unpack(&self, panel: usize, out: &mut [Row]) {
         let span = panel * self.width..(panel + 1) * self.width;
         match &self.store {
-            Store::F32(rows) => Cow::Borrowed(&rows[span]),
-            Store::F16(rows) => {
-                let mut unpacked = vec![[0f32; COLUMNS]; self.width];
-                simd(
-                    #[inline(always)]
-                    |_| {
-                        let halves = rows[span].as_flattened();
-                        for (out, half) in unpacked.as_flattened_mut().iter_mut().zip(halves) {
-                            *out = half_to_f32(*half);
-                        }
-                    },
-                );
-                Cow::Owned(unpacked)
-            }
+            Store::F32(rows) => out.copy_from_slice(&rows[span]),
+            Store::F16(rows) => simd(
+                #[inline(always)]
+                |_| {
+                    let halves = rows[span].as_flattened();
+                    for (out, half) in out.as_flattened_mut().iter_mut().zip(halves) {
+                        *out = half_to_f32(*half);
+                    }
+                },
+            ),
             Store::Ints(kind, units) => {
-                let mut unpacked = vec![[0f32; COLUMNS]; self.width];
                 let first = panel * (kind.row_bytes(self.width) / 2);
-                unpack_floats(Isa::best(), *kind, &units[first..], &mut unpacked);
-                Cow::Owned(unpacked)
+                unpack_floats(Isa::best(), *kind, &units[first..], out);
             }
         }
     }
@@ -908,6 +913,9 @@ mod tests {
                 let count = COLUMNS.min(out - o / COLUMNS * COLUMNS);
                 panels.rows_of(o / COLUMNS, &mut rows[..count * width]);
                 assert_eq!(row, rows[o % COLUMNS * width..][..width]);
+                let mut memory = Vec::new();
+                let floats = panels.floats(o / COLUMNS..out.div_ceil(COLUMNS), &mut memory);
+                assert!(row.iter().zip(floats).all(|(w, floats)| *w == floats[o % COLUMNS]));
                 for (i, x) in x.chunks_exact(width).enumerate() {
                     let terms = x.iter().zip(&row).map(|(x, w)| f64::from(*x) * f64::from(*w));
                     let size: f64 = terms.clone().map(f64::abs).sum();

@@ -12,6 +12,8 @@ use std::sync::OnceLock;
 
 use crate::host::simd;
 
+pub(crate) use packed::{Packed, PackedIsa, floats_of_packed, ints_of_bytes, ints_of_nibbles};
+
 /// Output columns that lie together: two vectors of AVX-512.
 pub(crate) const COLUMNS: usize = 32;
 /// Positions along k that share a scale.
@@ -94,20 +96,6 @@ impl Isa {
         }
     }
 
-    /// Kernels that read packed integers, where there are some: for so few rows that unpacking to memory first would cost more
-    /// than the products.
-    #[cfg_attr(
-        not(target_arch = "x86_64"),
-        allow(unused_variables, reason = "other processors have no such kernels")
-    )]
-    pub(crate) fn packed(self, rows: usize) -> Option<PackedIsa> {
-        match self.0 {
-            #[cfg(target_arch = "x86_64")]
-            Set::Avx512 if rows <= self.int_rows() => Some(PackedIsa(PackedSet::Avx512)),
-            _ => None,
-        }
-    }
-
     /// Most rows of a tile of integers, which has two sums for each result.
     pub(crate) fn int_rows(self) -> usize {
         match self.0 {
@@ -115,16 +103,6 @@ impl Isa {
             Set::Avx2 | Set::Portable => 2,
         }
     }
-}
-
-/// Instructions with kernels that read packed integers; only [`Isa::packed`] makes one.
-#[derive(Clone, Copy)]
-pub(crate) struct PackedIsa(PackedSet);
-
-#[derive(Clone, Copy)]
-enum PackedSet {
-    #[cfg(target_arch = "x86_64")]
-    Avx512,
 }
 
 /// Weights of a panel, one row of columns for each k.
@@ -202,65 +180,80 @@ pub(crate) enum Lies {
     High,
 }
 
-/// Integers as they lie in memory, two positions a unit, and what turns them into numbers.
+/// Kernels that read packed integers.
 #[cfg_attr(
     not(target_arch = "x86_64"),
-    allow(dead_code, unused_variables, reason = "other processors have no such kernels")
+    allow(dead_code, unused_imports, unused_variables, reason = "other processors have none")
 )]
-pub(crate) struct Packed<'a> {
-    pub(crate) units: &'a [Unit],
-    pub(crate) lies: Lies,
-    /// A weight is `scale q + offset`; in halves of bytes without an offset, `scale (q - 8)`.
-    pub(crate) scale: &'a Row,
-    pub(crate) offset: Option<&'a Row>,
-}
+mod packed {
+    use super::{IntRows, Isa, Lies, Row, Set, Unit};
 
-/// [`floats`] straight from packed integers: the weights and sums are the same to the bit.
-#[cfg_attr(
-    not(target_arch = "x86_64"),
-    allow(dead_code, unused_variables, reason = "other processors have no such kernels")
-)]
-pub(crate) fn floats_of_packed(isa: PackedIsa, a: &[f32], w: &Packed<'_>, out: &mut [Row]) {
-    match isa.0 {
-        // SAFETY: `available` has asked the processor for these instructions.
+    /// Instructions with kernels that read packed integers; only [`Isa::packed`] makes one.
+    #[derive(Clone, Copy)]
+    pub(crate) struct PackedIsa(PackedSet);
+
+    #[derive(Clone, Copy)]
+    enum PackedSet {
         #[cfg(target_arch = "x86_64")]
-        #[expect(unsafe_code, reason = "instructions chosen at run time")]
-        PackedSet::Avx512 => unsafe { x86::packed_avx512(a, w, out) },
+        Avx512,
     }
-}
 
-/// [`ints`] straight from the bytes of 8-bit blocks (two of scale, 32 integers).
-#[cfg_attr(
-    not(target_arch = "x86_64"),
-    allow(dead_code, unused_variables, reason = "other processors have no such kernels")
-)]
-pub(crate) fn ints_of_bytes(isa: PackedIsa, x: IntRows<'_>, units: &[Unit], out: &mut [Row]) {
-    match isa.0 {
-        // SAFETY: `available` has asked the processor for these instructions.
-        #[cfg(target_arch = "x86_64")]
-        #[expect(unsafe_code, reason = "instructions chosen at run time")]
-        PackedSet::Avx512 => unsafe { x86::bytes_avx512(x, units, out) },
+    impl Isa {
+        /// Kernels that read packed integers, where there are some: for so few rows that unpacking to memory first would cost more
+        /// than the products.
+        pub(crate) fn packed(self, rows: usize) -> Option<PackedIsa> {
+            match self.0 {
+                #[cfg(target_arch = "x86_64")]
+                Set::Avx512 if rows <= self.int_rows() => Some(PackedIsa(PackedSet::Avx512)),
+                _ => None,
+            }
+        }
     }
-}
 
-/// [`ints_of_bytes`] for pairs of blocks whose integers are the lower and the upper halves of the same 16 units, with the
-/// scale and the offset of each block.
-#[cfg_attr(
-    not(target_arch = "x86_64"),
-    allow(dead_code, unused_variables, reason = "other processors have no such kernels")
-)]
-pub(crate) fn ints_of_nibbles(
-    isa: PackedIsa,
-    x: IntRows<'_>,
-    units: &[Unit],
-    scales: &[[Row; 2]],
-    out: &mut [Row],
-) {
-    match isa.0 {
-        // SAFETY: `available` has asked the processor for these instructions.
-        #[cfg(target_arch = "x86_64")]
-        #[expect(unsafe_code, reason = "instructions chosen at run time")]
-        PackedSet::Avx512 => unsafe { x86::nibbles_avx512(x, units, scales, out) },
+    /// Integers as they lie in memory, two positions a unit, and what turns them into numbers.
+    pub(crate) struct Packed<'a> {
+        pub(crate) units: &'a [Unit],
+        pub(crate) lies: Lies,
+        /// A weight is `scale q + offset`; in halves of bytes without an offset, `scale (q - 8)`.
+        pub(crate) scale: &'a Row,
+        pub(crate) offset: Option<&'a Row>,
+    }
+
+    /// [`super::floats`] straight from packed integers: the weights and sums are the same to the bit.
+    pub(crate) fn floats_of_packed(isa: PackedIsa, a: &[f32], w: &Packed<'_>, out: &mut [Row]) {
+        match isa.0 {
+            // SAFETY: `available` has asked the processor for these instructions.
+            #[cfg(target_arch = "x86_64")]
+            #[expect(unsafe_code, reason = "instructions chosen at run time")]
+            PackedSet::Avx512 => unsafe { super::x86::packed_avx512(a, w, out) },
+        }
+    }
+
+    /// [`super::ints`] straight from the bytes of 8-bit blocks (two of scale, 32 integers).
+    pub(crate) fn ints_of_bytes(isa: PackedIsa, x: IntRows<'_>, units: &[Unit], out: &mut [Row]) {
+        match isa.0 {
+            // SAFETY: `available` has asked the processor for these instructions.
+            #[cfg(target_arch = "x86_64")]
+            #[expect(unsafe_code, reason = "instructions chosen at run time")]
+            PackedSet::Avx512 => unsafe { super::x86::bytes_avx512(x, units, out) },
+        }
+    }
+
+    /// [`ints_of_bytes`] for pairs of blocks whose integers are the lower and the upper halves of the same 16 units, with the
+    /// scale and the offset of each block.
+    pub(crate) fn ints_of_nibbles(
+        isa: PackedIsa,
+        x: IntRows<'_>,
+        units: &[Unit],
+        scales: &[[Row; 2]],
+        out: &mut [Row],
+    ) {
+        match isa.0 {
+            // SAFETY: `available` has asked the processor for these instructions.
+            #[cfg(target_arch = "x86_64")]
+            #[expect(unsafe_code, reason = "instructions chosen at run time")]
+            PackedSet::Avx512 => unsafe { super::x86::nibbles_avx512(x, units, scales, out) },
+        }
     }
 }
 

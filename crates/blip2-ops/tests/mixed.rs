@@ -26,6 +26,21 @@ fn off(a: &Tensor, b: &Tensor) -> f32 {
     square(&mut a.iter().zip(&b).map(|(a, b)| a - b)) / square(&mut a.iter().copied())
 }
 
+/// A frozen weight so large that it is multiplied in two blocks, the second not even a panel's multiple, is as the trained one
+/// with its numbers, to the bit.
+fn in_several_blocks(format: WeightFormat) {
+    let (out, width) = (2100, 512);
+    let frozen = FrozenWeight::new(&numbers((out, width), 4), format).unwrap();
+    let trained = frozen.rows(&(0..out as u32).collect::<Vec<_>>()).unwrap();
+    let x = Var::from_tensor(&numbers((40, width), 5)).unwrap();
+    let [ours, theirs] =
+        [frozen_linear(&x, &frozen, None).unwrap(), linear(&x, &trained, None).unwrap()].map(|y| {
+            let grads = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+            [values(&y), values(grads.get(&x).unwrap())]
+        });
+    assert!(ours == theirs, "{format}");
+}
+
 #[test]
 fn products_round_their_factors_while_it_lives() {
     let x = Var::from_tensor(&numbers((70, 96), 1)).unwrap();
@@ -39,9 +54,11 @@ fn products_round_their_factors_while_it_lives() {
         let frozen_grads = z.sqr().unwrap().sum_all().unwrap().backward().unwrap();
         let untracked = frozen_linear(&x.detach(), &frozen, Some(&bias)).unwrap();
         let thin = linear(&x.narrow(0, 0, 3).unwrap(), &w, None).unwrap();
+        let few = FrozenWeight::new(&w.narrow(0, 0, 8).unwrap(), WeightFormat::F32).unwrap();
+        let few = frozen_linear(&x, &few, None).unwrap();
         let of = |grads: &candle_core::backprop::GradStore, var| grads.get(var).unwrap().clone();
         let rounded = [y, of(&grads, &x), of(&grads, &w), z, of(&frozen_grads, &x)];
-        (rounded, [untracked, thin])
+        (rounded, [untracked, thin, few])
     };
     let (exact, kept) = all();
     let Some(mixed) = MixedPrecision::start() else {
@@ -59,6 +76,9 @@ fn products_round_their_factors_while_it_lives() {
     }
     // Whether trained or frozen, a weight makes the same products.
     assert_eq!(values(&rounded[0]), values(&rounded[3]));
+    for format in [WeightFormat::F32, WeightFormat::F16, WeightFormat::Q8_0] {
+        in_several_blocks(format);
+    }
 
     drop(second);
     assert_eq!(values(&all().0[0]), values(&rounded[0]), "one still lives");

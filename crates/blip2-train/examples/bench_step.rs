@@ -115,6 +115,21 @@ fn ids(rows: usize, columns: usize, below: usize, seed: u64) -> Result<Tensor> {
     Ok(Tensor::from_vec(ids, (rows, columns), &Device::Cpu)?)
 }
 
+/// Keeps what the other program starts from: weights, copied since steps change them in place, and the batch.
+fn keep(
+    dump: &mut HashMap<String, Tensor>,
+    stage: &str,
+    weights: impl IntoIterator<Item = (String, Tensor)>,
+    [patches, ids]: [&Tensor; 2],
+) -> Result<()> {
+    for (name, tensor) in weights {
+        dump.insert(format!("{stage}.{name}"), tensor.copy()?);
+    }
+    dump.insert(format!("{stage}.batch.patches"), patches.clone());
+    dump.insert(format!("{stage}.batch.ids"), ids.clone());
+    Ok(())
+}
+
 /// Times whole steps: forward, backward, clipping, AdamW.
 fn time(
     params: &ParamStore,
@@ -156,12 +171,7 @@ fn bench_stage1(
     let patches = normal(&[b, p, config.qformer.encoder_width], 2, 1.0)?;
     let ids = ids(b, t, 30_000, 3)?;
     let texts = Texts { tokens: Tensor::ones((b, t), DType::U8, &Device::Cpu)?, ids: ids.clone() };
-    for (name, tensor) in params.to_tensors() {
-        // A copy: the steps below change the weights in place.
-        dump.insert(format!("stage1.{name}"), tensor.copy()?);
-    }
-    dump.insert("stage1.batch.patches".into(), patches.clone());
-    dump.insert("stage1.batch.ids".into(), ids);
+    keep(dump, "stage1", params.to_tensors(), [&patches, &ids])?;
     let ranks: Arc<dyn Communicator> = Arc::new(SingleProcess);
     time(&params, steps, |dropout| {
         let batch = Stage1Batch { patches: &patches, texts: &texts, image_ids: None };
@@ -202,11 +212,7 @@ fn bench_stage2(
         .into_iter()
         .map(|ids| vec![LlmText { ids, prompt_len: 0, question: Vec::new() }])
         .collect();
-    for (name, tensor) in params.to_tensors().into_iter().chain(weights) {
-        dump.insert(format!("stage2.{name}"), tensor.copy()?);
-    }
-    dump.insert("stage2.batch.patches".into(), patches.clone());
-    dump.insert("stage2.batch.ids".into(), ids);
+    keep(dump, "stage2", params.to_tensors().into_iter().chain(weights), [&patches, &ids])?;
     time(&params, steps, |dropout| stage2(&model, &llm, &patches, &texts, dropout))
 }
 

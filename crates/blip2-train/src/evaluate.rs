@@ -1,6 +1,7 @@
 //! Runs a model over a held-out split and measures it, beside two baselines on the same pictures: the *nearest neighbour*
 //! (caption and answers of the training picture that the frozen encoder finds closest) and *blind* (the same model shown
-//! a blank picture). A model that does not beat both has not learnt to look.
+//! a blank picture). A model that does not beat both has not learnt to look. Where the model's first stage has a head that
+//! writes, its captions stand there, too: what the second stage loses is its own.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -193,6 +194,7 @@ pub fn evaluate(
     let vision = subject.captioner.vision();
     let (patches, classes) = encode_exams(vision, &exams, file.data.batch_size, say)?;
     let model = ask_model(subject.captioner, &exams, &patches, file, say)?;
+    let first_stage = ask_first_stage(subject.matcher, &exams, &patches, file, say)?;
     let nearest = {
         let (features, metas) = training_pictures(subject, &train, &file.data, say)?;
         let cosines = blip2_ops::linear(&classes, &features, None)?.to_vec2::<f32>()?;
@@ -206,8 +208,11 @@ pub fn evaluate(
         _ => None,
     };
 
-    let said =
-        [(System::Model, model), (System::NearestNeighbour, nearest), (System::Blind, blind)];
+    let mut said =
+        vec![(System::Model, model), (System::NearestNeighbour, nearest), (System::Blind, blind)];
+    if let Some(first_stage) = first_stage {
+        said.insert(1, (System::FirstStage, first_stage));
+    }
     let mut pictures = exams.iter().map(picture_row).collect::<Result<Vec<_>>>()?;
     let systems = said
         .iter()
@@ -297,6 +302,28 @@ fn ask_model(
         said.extend(ask(captioner, &questions, patches, file)?);
     }
     Ok(said)
+}
+
+/// Captions by the first stage's own head, if it has one; it answers nothing.
+fn ask_first_stage(
+    matcher: Option<&Matcher>,
+    exams: &[Exam],
+    patches: &[Tensor],
+    file: &EvalFile,
+    say: &mut dyn FnMut(&str, u64, u64),
+) -> Result<Option<Vec<Said>>> {
+    let Some(matcher) = matcher.filter(|matcher| !matcher.bridge().config().matching_only) else {
+        return Ok(None);
+    };
+    let mut said = Vec::with_capacity(exams.len());
+    for patches in patches {
+        say("first stage", said.len() as u64, exams.len() as u64);
+        for found in matcher.caption_from(patches, &file.decode.options())? {
+            let caption = found.first().map(|best| matcher.text(best)).transpose()?;
+            said.push(Said { caption: caption.unwrap_or_default(), answers: Vec::new() });
+        }
+    }
+    Ok(Some(said))
 }
 
 /// Captions the pictures of a batch and answers their questions.

@@ -144,8 +144,8 @@ pub fn stage1_with(
     let pictures = [own.as_slice(), &negatives.images[..n], &own].concat();
     let texts = [own.as_slice(), &own, &negatives.texts[..n]].concat();
     let all_pictures = image.picture.map(|kv| all_gather(kv, ranks))?;
-    let pairs = ((&all_pictures, pictures.as_slice()), (&everyones, texts.as_slice()));
-    let logits = itm_by_length(&reader, pairs, dropout)?;
+    let (pictures, texts) = ((&all_pictures, &pictures[..]), (&everyones, &texts[..]));
+    let logits = itm_by_length(&reader, pictures, texts, dropout)?;
     let itm = losses::itm(&logits)?;
 
     let (hidden, wanted) = itg_by_length(&reader, &image.caches, batch.texts, &parts, dropout)?;
@@ -219,7 +219,7 @@ struct Reader {
 impl Reader {
     fn new(model: &Stage1, ids: &Tensor) -> Result<Self> {
         let mut words = ids.flatten_all()?.to_vec1::<u32>()?;
-        words.push(dec(model));
+        words.push(model.config().qformer.dec());
         words.sort_unstable();
         words.dedup();
         let rows = words.iter().copied().zip(0..).collect();
@@ -232,11 +232,6 @@ impl Reader {
             ids.flatten_all()?.to_vec1::<u32>()?.iter().map(|id| self.rows[id]).collect();
         Ok(Tensor::from_vec(rows, ids.shape(), &Device::Cpu)?)
     }
-}
-
-/// The token that texts to be generated begin with.
-fn dec(model: &Stage1) -> u32 {
-    model.config().qformer.vocab_size as u32 - 1
 }
 
 /// [`Stage1::text`].
@@ -255,7 +250,8 @@ fn texts_by_length(
 /// Matching logits of pairs, given as rows of pictures and of texts, in their order.
 fn itm_by_length(
     reader: &Reader,
-    ((pictures, picture_rows), (texts, text_rows)): ((&Picture, &[u32]), (&Texts, &[u32])),
+    (pictures, picture_rows): (&Picture, &[u32]),
+    (texts, text_rows): (&Texts, &[u32]),
     dropout: &Dropout,
 ) -> Result<Tensor> {
     let lengths = texts.lengths()?;
@@ -277,7 +273,7 @@ fn itg_by_length(
     parts: &ByLength,
     dropout: &Dropout,
 ) -> Result<(Tensor, Vec<u32>)> {
-    let dec = dec(&reader.model);
+    let dec = reader.model.config().qformer.dec();
     let (mut hidden, mut wanted) = (Vec::new(), Vec::new());
     for (rows, longest) in &parts.parts {
         let texts = texts.part(rows, *longest)?;

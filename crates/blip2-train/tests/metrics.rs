@@ -417,6 +417,11 @@ fn example_report() -> Report {
         notes: vec!["warning: 1 of 4 samples can't be used".into()],
         systems: vec![
             example_scores(System::Model, 0.81, 30),
+            SystemScores {
+                question_kinds: BTreeMap::new(),
+                question_accuracy: Accuracy::default(),
+                ..example_scores(System::FirstStage, 0.6, 0)
+            },
             example_scores(System::NearestNeighbour, 0.4, 12),
             example_scores(System::Blind, 0.05, 2),
         ],
@@ -453,6 +458,8 @@ fn report_as_text_json_and_page() {
     ] {
         assert!(text.contains(part), "{part:?} in\n{text}");
     }
+    // The first stage answers nothing: it has a line among the scores, and no column among the answers.
+    assert_eq!(text.matches("first stage").count(), 1, "{text}");
     let json = report.to_json().unwrap();
     assert!(!json.contains("data:image"));
     let mut back: Report = serde_json::from_str(&json).unwrap();

@@ -844,13 +844,25 @@ impl Matcher {
         pictures: &[Rgb],
         options: &generate::Options,
     ) -> Result<Vec<Vec<Hypothesis>>> {
-        let image = self.bridge.image(&self.vision.encode(pictures)?, &Dropout::off())?;
+        self.caption_from(&self.vision.encode(pictures)?, options)
+    }
+
+    /// [`Self::caption`] of the image encoder's output (b, p, w).
+    ///
+    /// # Errors
+    /// As [`Self::caption`].
+    pub fn caption_from(
+        &self,
+        patches: &Tensor,
+        options: &generate::Options,
+    ) -> Result<Vec<Vec<Hypothesis>>> {
+        let image = self.bridge.image(patches, &Dropout::off())?;
         let mut options = options.clone();
         if options.eos.is_empty() {
             options.eos = vec![self.tokenizer.special().eos];
         }
         let mut decoder = ItgDecoder::new(&self.bridge, image)?;
-        generate::generate(&mut decoder, pictures.len(), &options)
+        generate::generate(&mut decoder, patches.dim(0)?, &options)
     }
 
     /// The text of a hypothesis, without special tokens.

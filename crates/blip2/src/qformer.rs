@@ -49,6 +49,12 @@ pub struct QFormerConfig {
 }
 
 impl QFormerConfig {
+    /// The token that texts to be generated begin with, `[DEC]`: the last one, added to BERT's.
+    #[must_use]
+    pub fn dec(&self) -> u32 {
+        self.vocab_size as u32 - 1
+    }
+
     /// The published shape, from `bert-base-uncased`, for pictures of `encoder_width` features.
     #[must_use]
     pub fn base(encoder_width: usize) -> Self {
@@ -299,12 +305,14 @@ impl QFormer {
         &self.config
     }
 
-    /// This Q-Former, reading the words `ids` alone: token i is then the word that stands i-th in `ids`. The gradient of all
-    /// word embeddings is made once by many passes, not by each. The head speaks all words as before.
+    /// This Q-Former for a training step, reading the words `ids` (n) u32 alone: token i is then the word that stands i-th in
+    /// `ids`. The gradient of all word embeddings is made once for many passes, not by each. The head speaks all words as
+    /// before, so what it says can't be read back: not for decoding.
     ///
     /// # Errors
     /// If there is no text branch, or no such word.
     pub fn with_words(&self, ids: &Tensor) -> Result<Self> {
+        ids.dims1()?;
         let mut few = self.clone();
         let text = few.text.as_mut().ok_or_else(no_text)?;
         text.words = blip2_ops::embedding(&text.words, ids)?;

@@ -105,7 +105,7 @@ impl Stage1 {
     /// This model with [`QFormer::with_words`].
     ///
     /// # Errors
-    /// If there is no such word.
+    /// As there.
     pub fn with_words(&self, ids: &Tensor) -> Result<Self> {
         Ok(Self { qformer: self.qformer.with_words(ids)?, ..self.clone() })
     }
@@ -180,7 +180,7 @@ impl<'a> ItgDecoder<'a> {
                 "this stage-1 model has no language-model head: its checkpoint only matches".into(),
             ));
         }
-        let (rows, start) = (image.queries.dim(0)?, [model.config.qformer.vocab_size as u32 - 1]);
+        let (rows, start) = (image.queries.dim(0)?, [model.config.qformer.dec()]);
         Ok(Self { model, caches: image.caches, rows, start })
     }
 }

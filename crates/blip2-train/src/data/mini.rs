@@ -226,7 +226,7 @@ fn load(origin: &Origin, left_out: &mut LeftOut, say: &dyn Fn(&str)) -> Result<V
     say("reading emoji");
     pictures.extend(sources::emoji(fluent, noto, twemoji, left_out)?);
     say("reading CIFAR-10");
-    pictures.extend(sources::cifar_10(cifar)?);
+    pictures.extend(sources::cifar_10(cifar, left_out)?);
     Ok(pictures)
 }
 

@@ -19,6 +19,8 @@ use crate::{Error, Result};
 pub enum System {
     /// The model under test.
     Model,
+    /// Its first stage, captioning by its own head: what the second stage could have told the language model.
+    FirstStage,
     /// Baseline: caption and answers of the training picture nearest in the frozen encoder's features.
     NearestNeighbour,
     /// Baseline: the same model shown a blank picture.
@@ -30,6 +32,7 @@ impl System {
     pub fn label(self) -> &'static str {
         match self {
             Self::Model => "model",
+            Self::FirstStage => "first stage",
             Self::NearestNeighbour => "nearest neighbour",
             Self::Blind => "blind",
         }
@@ -171,7 +174,7 @@ pub struct Report {
     /// What a reader of the numbers should know: samples that could not be used, say.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
-    /// The model first, then the baselines.
+    /// The model first, its first stage if it has one that writes, then the baselines.
     pub systems: Vec<SystemScores>,
     /// Retrieval, where it was measured.
     pub retrieval: Option<RetrievalReport>,
@@ -239,14 +242,15 @@ fn kind_table(report: &Report) -> Vec<Vec<String>> {
     if kinds.is_empty() {
         return Vec::new();
     }
+    let asked: Vec<_> = report.systems.iter().filter(|s| !s.question_kinds.is_empty()).collect();
     let mut heading = vec!["answers %".to_string(), "questions".into()];
-    heading.extend(report.systems.iter().map(|s| s.system.label().to_string()));
+    heading.extend(asked.iter().map(|s| s.system.label().to_string()));
     let mut rows = vec![heading];
     for kind in kinds {
         let of = |s: &SystemScores| s.question_kinds.get(kind).copied().unwrap_or_default();
-        let total = report.systems.iter().map(|s| of(s).total).max().unwrap_or(0);
+        let total = asked.iter().map(|s| of(s).total).max().unwrap_or(0);
         let mut row = vec![kind.clone(), total.to_string()];
-        row.extend(report.systems.iter().map(|s| accuracy(of(s))));
+        row.extend(asked.iter().map(|s| accuracy(of(s))));
         rows.push(row);
     }
     rows
