@@ -381,7 +381,7 @@ const CIFAR_SHEET: &str = "package/data_batch_1.png";
 /// Spelt so in the package.
 const CIFAR_LABELS: &str = "package/train_lables.json";
 
-/// The first photographs of every class in the first batch, [`CIFAR_PER_CLASS`] of each.
+/// The first 600 photographs of every class in the first batch.
 ///
 /// # Errors
 /// The archive can't be read, or its sheet and labels are not as expected.
