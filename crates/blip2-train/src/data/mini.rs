@@ -466,11 +466,12 @@ fn make(
     let (key, canvas, meta) = match job {
         Job::Single(i) => {
             let r = &ready[i];
-            let canvas = match r.style {
-                Style::Snapshot => filling(&r.cutout, config.side),
-                _ => on_white(&r.cutout, config.side),
+            // A whole photograph fills the canvas, what is cut out has a small margin.
+            let long = match r.style {
+                Style::Snapshot => config.side,
+                _ => config.side * 15 / 16,
             };
-            (r.key.clone(), canvas, single_meta(r, None))
+            (r.key.clone(), on_white(&r.cutout, config.side, long), single_meta(r, None))
         }
         Job::Placed(i) => {
             let r = &ready[i];
@@ -493,17 +494,10 @@ fn make(
     Ok(Sample { key, extension: "jpg".into(), image, meta })
 }
 
-/// A square picture, as large as the canvas.
-fn filling(picture: &RgbaImage, side: u32) -> RgbImage {
+/// The whole picture, its longer side `long`, centred on white.
+fn on_white(cutout: &RgbaImage, side: u32, long: u32) -> RgbImage {
     let mut canvas = RgbImage::from_pixel(side, side, image::Rgb([255; 3]));
-    paint::paste(&mut canvas, &paint::fit(picture, side), 0, 0);
-    canvas
-}
-
-/// The whole picture, centred on white with a small margin.
-fn on_white(cutout: &RgbaImage, side: u32) -> RgbImage {
-    let mut canvas = RgbImage::from_pixel(side, side, image::Rgb([255; 3]));
-    let fitted = paint::fit(cutout, side * 15 / 16);
+    let fitted = paint::fit(cutout, long);
     let (x, y) = ((side - fitted.width()) / 2, (side - fitted.height()) / 2);
     paint::paste(&mut canvas, &fitted, i64::from(x), i64::from(y));
     canvas
