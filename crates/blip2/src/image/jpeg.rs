@@ -387,6 +387,77 @@ struct Part<'a> {
     prediction: i32,
 }
 
+/// A [`Part`] of a sequential scan, with what its blocks need.
+struct Lane<'s, 'a> {
+    dc: &'a Huffman,
+    ac: &'a Huffman,
+    prediction: &'s mut i32,
+    /// Blocks a row of the component, and in one MCU across and down.
+    stride: usize,
+    h: usize,
+    v: usize,
+}
+
+impl<'s, 'a> Lane<'s, 'a> {
+    fn new(part: &'s mut Part<'a>, stride: usize, h: usize, v: usize) -> Fallible<Self> {
+        let dc = part.dc.ok_or("a DC Huffman table is missing")?;
+        let ac = part.ac.ok_or("an AC Huffman table is missing")?;
+        Ok(Self { dc, ac, prediction: &mut part.prediction, stride, h, v })
+    }
+
+    /// Coefficients in a row of MCUs.
+    fn row(&self) -> usize {
+        self.stride * self.v * 64
+    }
+}
+
+/// The blocks of a sequential scan, in the file's order.
+struct Entropy<'s, 'a> {
+    bits: &'s mut Bits<'a>,
+    lanes: Vec<Lane<'s, 'a>>,
+    /// MCUs a row.
+    across: usize,
+    restart: usize,
+    until_restart: usize,
+}
+
+impl Entropy<'_, '_> {
+    /// Reads the next `count` rows of MCUs into one buffer a lane.
+    fn strip(&mut self, strips: &mut [Vec<i16>], count: usize) -> Fallible<()> {
+        for (lane, strip) in self.lanes.iter().zip(&mut *strips) {
+            strip[..count * lane.row()].fill(0);
+        }
+        for my in 0..count {
+            for mx in 0..self.across {
+                self.restart()?;
+                for (lane, strip) in self.lanes.iter_mut().zip(&mut *strips) {
+                    for y in 0..lane.v {
+                        for x in 0..lane.h {
+                            let at = ((my * lane.v + y) * lane.stride + mx * lane.h + x) * 64;
+                            let block = strip[at..].first_chunk_mut::<64>();
+                            let block = block.ok_or("a block outside the picture")?;
+                            sequential_block(self.bits, lane.dc, lane.ac, lane.prediction, block)?;
+                        }
+                    }
+                }
+                self.bits.check()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Before each MCU: reads the restart marker that is due.
+    fn restart(&mut self) -> Fallible<()> {
+        if self.restart > 0 && self.until_restart == 0 {
+            self.bits.restart()?;
+            self.lanes.iter_mut().for_each(|lane| *lane.prediction = 0);
+            self.until_restart = self.restart;
+        }
+        self.until_restart = self.until_restart.saturating_sub(1);
+        Ok(())
+    }
+}
+
 /// Spectral band and precision of a progressive scan.
 #[derive(Clone, Copy)]
 struct Band {
@@ -484,57 +555,46 @@ impl Picture {
         (across, down, blocks.collect())
     }
 
-    fn scan_sequential(
+    /// Entropy data is read by one thread, a strip ahead of the strip that all others transform.
+    fn scan_sequential<'a>(
         &mut self,
-        bits: &mut Bits<'_>,
-        parts: &mut [Part<'_>],
+        bits: &mut Bits<'a>,
+        parts: &mut [Part<'a>],
         restart: usize,
     ) -> Fallible<()> {
         let (across, down, blocks) = self.layout(parts);
-        // Coefficients of a few rows of MCUs for each part: entropy data is read by one thread, transformed by all.
-        let mut strips: Vec<Vec<i16>> = Vec::with_capacity(parts.len());
-        let mut tables = Vec::with_capacity(parts.len());
-        for (part, &(_, v)) in parts.iter().zip(&blocks) {
-            strips
-                .push(vec![0; STRIP.min(down) * self.frame.components[part.index].across * v * 64]);
-            let dc = part.dc.ok_or("a DC Huffman table is missing")?;
-            tables.push((dc, part.ac.ok_or("an AC Huffman table is missing")?));
+        let indices: Vec<usize> = parts.iter().map(|part| part.index).collect();
+        let mut lanes = Vec::with_capacity(parts.len());
+        for (part, (h, v)) in parts.iter_mut().zip(blocks) {
+            let stride = self.frame.components[part.index].across;
+            lanes.push(Lane::new(part, stride, h, v)?);
         }
-        let mut until_restart = restart;
-        for my in 0..down {
-            let within = my % STRIP;
-            if within == 0 {
-                strips.iter_mut().for_each(|strip| strip.fill(0));
-            }
-            for mx in 0..across {
-                if restart > 0 && until_restart == 0 {
-                    bits.restart()?;
-                    parts.iter_mut().for_each(|p| p.prediction = 0);
-                    until_restart = restart;
-                }
-                until_restart = until_restart.saturating_sub(1);
-                for (p, part) in parts.iter_mut().enumerate() {
-                    let (h, v) = blocks[p];
-                    let stride = self.frame.components[part.index].across;
-                    let (dc, ac) = tables[p];
-                    for y in 0..v {
-                        for x in 0..h {
-                            let at = ((within * v + y) * stride + mx * h + x) * 64;
-                            let block = strips[p][at..].first_chunk_mut::<64>();
-                            let block = block.ok_or("a block outside the picture")?;
-                            sequential_block(bits, dc, ac, &mut part.prediction, block)?;
-                        }
-                    }
-                }
-                bits.check()?;
-            }
-            if within + 1 == STRIP || my + 1 == down {
-                for ((part, strip), &(_, v)) in parts.iter().zip(&strips).zip(&blocks) {
-                    let row = self.frame.components[part.index].across * v * 64;
-                    let (first, count) = ((my - within) * row, (within + 1) * row);
-                    self.inverse(part.index, &strip[..count], first)?;
-                }
-            }
+        let strip = || -> Vec<Vec<i16>> {
+            lanes.iter().map(|lane| vec![0; STRIP.min(down) * lane.row()]).collect()
+        };
+        let (mut ahead, mut ready) = (strip(), strip());
+        let rows: Vec<usize> = lanes.iter().map(Lane::row).collect();
+        let mut entropy = Entropy { bits, lanes, across, restart, until_restart: restart };
+        // What is transformed in a round was read in the one before.
+        let mut waiting = 0;
+        for first in (0..down + STRIP).step_by(STRIP) {
+            let count = STRIP.min(down.saturating_sub(first));
+            let (read, transformed) = rayon::join(
+                || entropy.strip(&mut ahead, count),
+                || {
+                    let strips = indices.iter().zip(&rows).zip(&ready);
+                    strips
+                        .map(|((&index, row), strip)| {
+                            let start = first.saturating_sub(STRIP) * row;
+                            self.inverse(index, &strip[..waiting * row], start)
+                        })
+                        .collect::<Fallible<()>>()
+                },
+            );
+            read?;
+            transformed?;
+            std::mem::swap(&mut ahead, &mut ready);
+            waiting = count;
         }
         Ok(())
     }
@@ -1034,50 +1094,58 @@ fn inverse_1d<const SHIFT: u32>(x: [i32; 8]) -> [i32; 8] {
 }
 
 /// Inverse DCT of one block: first the columns, keeping two extra bits, then the rows, which also
-/// drop the eights of both. Each loop is one body over eight independent lines, which is the form
-/// that the compiler turns into vectors.
+/// drop the eights of both.
 #[inline(always)]
-fn inverse_block(block: &[i16; 64], quant: &[i32; 64], out: &mut [u8; 64]) {
-    let mut columns = [0i32; 64];
-    for i in 0..8 {
-        let at = |k: usize| i32::from(block[8 * k + i]).wrapping_mul(quant[8 * k + i]);
-        let x = [at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)];
-        let [a, b, c, d, e, f, g, h] = inverse_1d::<11>(x);
-        columns[i] = a;
-        columns[8 + i] = b;
-        columns[16 + i] = c;
-        columns[24 + i] = d;
-        columns[32 + i] = e;
-        columns[40 + i] = f;
-        columns[48 + i] = g;
-        columns[56 + i] = h;
-    }
-    let mut turned = [0i32; 64];
-    for y in 0..8 {
-        for x in 0..8 {
-            turned[8 * x + y] = columns[8 * y + x];
+fn inverse_block(block: &[i16; 64], quant: &[i32; 64]) -> [[u8; 8]; 8] {
+    let mut lines = [[0i32; 8]; 8];
+    for k in 0..8 {
+        for i in 0..8 {
+            lines[k][i] = i32::from(block[8 * k + i]).wrapping_mul(quant[8 * k + i]);
         }
     }
-    let mut pixels = [0u8; 64];
-    for i in 0..8 {
-        let at = |k: usize| turned[8 * k + i];
-        let x = [at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)];
-        let pixel = |v: i32| v.wrapping_add(128).clamp(0, 255) as u8;
-        let [a, b, c, d, e, f, g, h] = inverse_1d::<18>(x);
-        pixels[i] = pixel(a);
-        pixels[8 + i] = pixel(b);
-        pixels[16 + i] = pixel(c);
-        pixels[24 + i] = pixel(d);
-        pixels[32 + i] = pixel(e);
-        pixels[40 + i] = pixel(f);
-        pixels[48 + i] = pixel(g);
-        pixels[56 + i] = pixel(h);
-    }
+    let lines = turned(inverse_lines::<18>(turned(inverse_lines::<11>(lines))));
+    let mut pixels = [[0; 8]; 8];
     for y in 0..8 {
         for x in 0..8 {
-            out[8 * y + x] = pixels[8 * x + y];
+            pixels[y][x] = lines[y][x].wrapping_add(128).clamp(0, 255) as u8;
         }
     }
+    pixels
+}
+
+/// [`inverse_1d`] down each of eight columns. One body over eight independent lines is the form that
+/// the compiler turns into vectors.
+#[inline(always)]
+fn inverse_lines<const SHIFT: u32>(lines: [[i32; 8]; 8]) -> [[i32; 8]; 8] {
+    let mut out = [[0; 8]; 8];
+    for i in 0..8 {
+        let at = |k: usize| lines[k][i];
+        let column = [at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)];
+        let column = inverse_1d::<SHIFT>(column);
+        for k in 0..8 {
+            out[k][i] = column[k];
+        }
+    }
+    out
+}
+
+/// Rows for columns: neighbours change places, then pairs, then halves, each of which is one
+/// instruction on two lines.
+#[inline(always)]
+fn turned([a, b, c, d, e, f, g, h]: [[i32; 8]; 8]) -> [[i32; 8]; 8] {
+    type Line = [i32; 8];
+    let low = |x: Line, y: Line| [x[0], y[0], x[1], y[1], x[4], y[4], x[5], y[5]];
+    let high = |x: Line, y: Line| [x[2], y[2], x[3], y[3], x[6], y[6], x[7], y[7]];
+    let [a, b, c, d] = [low(a, b), high(a, b), low(c, d), high(c, d)];
+    let [e, f, g, h] = [low(e, f), high(e, f), low(g, h), high(g, h)];
+    let low = |x: Line, y: Line| [x[0], x[1], y[0], y[1], x[4], x[5], y[4], y[5]];
+    let high = |x: Line, y: Line| [x[2], x[3], y[2], y[3], x[6], x[7], y[6], y[7]];
+    let [a, b, c, d] = [low(a, c), high(a, c), low(b, d), high(b, d)];
+    let [e, f, g, h] = [low(e, g), high(e, g), low(f, h), high(f, h)];
+    let low = |x: Line, y: Line| [x[0], x[1], x[2], x[3], y[0], y[1], y[2], y[3]];
+    let high = |x: Line, y: Line| [x[4], x[5], x[6], x[7], y[4], y[5], y[6], y[7]];
+    let [i, j, k, l] = [low(a, e), low(b, f), low(c, g), low(d, h)];
+    [i, j, k, l, high(a, e), high(b, f), high(c, g), high(d, h)]
 }
 
 /// Dequantises and transforms whole rows of blocks, `stride` blocks each, into a plane of
@@ -1098,9 +1166,7 @@ fn inverse_rows(coefficients: &[i16], quant: &[u16; 64], stride: usize, plane: &
                 }
                 continue;
             }
-            let mut pixels = [0u8; 64];
-            inverse_block(block, &quant, &mut pixels);
-            for (y, row) in pixels.as_chunks::<8>().0.iter().enumerate() {
+            for (y, row) in inverse_block(block, &quant).iter().enumerate() {
                 out[y * line + bx * 8..][..8].copy_from_slice(row);
             }
         }

@@ -133,12 +133,14 @@ fn horizontal(
         for ((out, window), groups) in targets.zip(spread.chunks_exact(most)) {
             let pixels = line[window.first * 3..].as_chunks::<8>().0.as_chunks::<3>().0;
             let groups = &groups[..window.weights.len().div_ceil(GROUP)];
-            let mut sums = [[0i32; 8]; 3];
+            // By name, not in a loop: sums that are indexed live in memory.
+            let [mut a, mut b, mut c] = [[0i32; 8]; 3];
             for (pixels, weights) in pixels.iter().zip(groups) {
-                for part in 0..3 {
-                    sums[part] = multiplied(sums[part], &pixels[part], &weights[part]);
-                }
+                a = multiplied(a, &pixels[0], &weights[0]);
+                b = multiplied(b, &pixels[1], &weights[1]);
+                c = multiplied(c, &pixels[2], &weights[2]);
             }
+            let sums = [a, b, c];
             let sums = sums.as_flattened();
             for (colour, out) in out.iter_mut().enumerate() {
                 let taps = sums[colour..].iter().step_by(3);
