@@ -36,6 +36,9 @@ use serde_json::json;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
+/// Steps that don't count: memory that a process takes for the first time is cleared by the kernel. Also in train_step.py.
+const WARM_UP: u64 = 3;
+
 /// What is trained, and on how much.
 struct Shape {
     qformer: QFormerConfig,
@@ -141,7 +144,7 @@ fn time(
         AdamWConfig { betas: [0.9, 0.98], eps: 1e-8, weight_decay: 0.05, layer_decay: 1.0 };
     let (mut adamw, mut gradients) = (AdamW::new(params, config), Gradients::new(params)?);
     let mut seconds = Vec::new();
-    for step in 0..=steps {
+    for step in 0..WARM_UP + steps {
         let begin = Instant::now();
         gradients.clear();
         // As the trainer does.
@@ -151,8 +154,7 @@ fn time(
         gradients.add(params, &grads, 1.0)?;
         let scale = clip_factor(gradients.norm()?, 1.0);
         adamw.step(params, &gradients, 1e-5, scale)?;
-        // The first step is for warming up.
-        if step > 0 {
+        if step >= WARM_UP {
             seconds.push(begin.elapsed().as_secs_f64());
         }
     }
