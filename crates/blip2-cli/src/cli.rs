@@ -298,9 +298,10 @@ pub(crate) struct CaptionArgs {
     /// Text the caption goes on from
     #[arg(long, env = "BLIP2_PROMPT", value_name = "P")]
     pub(crate) prompt: Option<String>,
-    /// Which stage writes: the second, with its language model, or the first with its own head [default: 2]
-    #[arg(long, env = "BLIP2_STAGE", value_parser = clap::value_parser!(u8).range(1..=2))]
-    pub(crate) stage: Option<u8>,
+    /// Which stage writes: the second, with its language model; the first, with its own head; or both, and the caption that fits
+    /// the picture best (ITC) is taken [default: as the model's description says, else 2]
+    #[arg(long, env = "BLIP2_STAGE", value_enum)]
+    pub(crate) stage: Option<StageName>,
     /// Captions per picture, best first
     #[arg(long, env = "BLIP2_NUM_CAPTIONS", value_name = "K", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(crate) num_captions: u16,
@@ -308,6 +309,16 @@ pub(crate) struct CaptionArgs {
     pub(crate) generate: GenerateArgs,
     #[command(flatten)]
     pub(crate) pictures: PictureArgs,
+}
+
+/// Who writes captions.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum StageName {
+    #[value(name = "1")]
+    First,
+    #[value(name = "2")]
+    Second,
+    Both,
 }
 
 /// What is timed.

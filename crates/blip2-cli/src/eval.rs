@@ -13,15 +13,18 @@ pub(crate) fn run(global: &Global, args: &EvalArgs) -> anyhow::Result<Outcome> {
     let file = EvalFile::read(&args.recipe, &args.set)?;
     train::build_data(&file.data.dir, file.data.build)?;
     let description = model::open(&global.model)?;
-    let captioner = model::captioner(global, &description)?;
-    let matcher = match description.manifest.stage1 {
-        Some(_) if file.retrieval.pairs > 0 => Some(model::matcher(global, &description)?),
-        _ => None,
+    let (captioner, matcher) = match description.manifest.stage1 {
+        Some(_) => {
+            let (captioner, matcher) = model::both(global, &description)?;
+            (captioner, Some(matcher))
+        }
+        None => (model::captioner(global, &description)?, None),
     };
     let subject = Subject {
         name: &description.manifest.name,
         hash: description.hash()?,
         vision_key: blip2_train::parts::vision_key(&description)?,
+        caption_stage: description.manifest.caption_stage,
         captioner: &captioner,
         matcher: matcher.as_ref(),
     };

@@ -52,6 +52,15 @@ pub(crate) fn matcher(global: &Global, model: &Model) -> anyhow::Result<Matcher>
     Ok(loaded)
 }
 
+/// Loads both stages around one image encoder.
+pub(crate) fn both(global: &Global, model: &Model) -> anyhow::Result<(Captioner, Matcher)> {
+    let mut bar = Progress::bytes();
+    let loaded =
+        model.both(global.weights.0, &mut |name, done, total| bar.update(name, done, total))?;
+    memory::keep();
+    Ok(loaded)
+}
+
 /// The search that was typed: sampling if one of its flags was given, else beams, else greedy.
 pub(crate) fn generate_options(args: &GenerateArgs, num_return: usize) -> Options {
     let strategy = if args.is_sampled() {

@@ -207,6 +207,7 @@ fn a_tiny_model_serves_every_verb() {
     changes_its_layout(&world);
     uses_the_first_stage(&world);
     evaluates(&world);
+    chooses_from_both_stages(&world);
     survives_a_closed_pipe(&world);
 }
 
@@ -511,6 +512,15 @@ fn uses_the_first_stage(world: &World) {
 }
 
 fn evaluates(world: &World) {
+    let rows = evaluation(world);
+    assert_eq!(rows.len(), 1);
+    assert_eq!(rows[0]["model"], "tiny_cpu");
+    assert_eq!(rows[0]["counts"]["pictures"], 2);
+    let file: Value = serde_json::from_slice(&world.read("report/report.json")).unwrap();
+    assert_eq!(file, rows[0]);
+}
+
+fn evaluation(world: &World) -> Vec<Value> {
     let mut command = world.program("eval --format jsonl");
     command.arg(EVAL);
     for change in [
@@ -527,12 +537,52 @@ fn evaluates(world: &World) {
     ] {
         command.args(["--set", change]);
     }
-    let rows = run(&mut command).exits(0).rows();
-    assert_eq!(rows.len(), 1);
-    assert_eq!(rows[0]["model"], "tiny_cpu");
-    assert_eq!(rows[0]["counts"]["pictures"], 2);
-    let file: Value = serde_json::from_slice(&world.read("report/report.json")).unwrap();
-    assert_eq!(file, rows[0]);
+    run(&mut command).exits(0).rows()
+}
+
+/// Captions of both stages, the one that fits best first; a model's description may say that this is its way.
+fn chooses_from_both_stages(world: &World) {
+    let ran = |line: &str| world.run(&format!("{line} --format jsonl")).exits(0).rows();
+    const SEARCH: &str = "--max-new-tokens 3 --num-beams 2 --num-captions 2";
+    let each = |stage: &str| ran(&format!("caption nested --stage {stage} {SEARCH}"));
+    let texts = |row: &Value| -> Vec<String> {
+        let captions = row["captions"].as_array().unwrap().iter();
+        captions.map(|caption| caption["text"].as_str().unwrap().to_owned()).collect()
+    };
+    let (first, second, both) = (each("1"), each("2"), each("both"));
+    for ((first, second), both) in first.iter().zip(&second).zip(&both) {
+        let candidates = [texts(first), texts(second)];
+        let captions = both["captions"].as_array().unwrap();
+        assert!(captions[0]["itc"].as_f64().unwrap() >= captions[1]["itc"].as_f64().unwrap());
+        for (caption, text) in captions.iter().zip(texts(both)) {
+            let stage = caption["stage"].as_u64().unwrap() as usize;
+            assert!(candidates[stage - 1].contains(&text), "{text} of {stage}: {candidates:?}");
+        }
+    }
+    // The cosine is the one that `match` tells.
+    let best = &both[0]["captions"][0];
+    let mut command = world.program("match nested/a/one.png --format jsonl");
+    let matched = run(command.arg("--text").arg(best["text"].as_str().unwrap())).exits(0).rows();
+    let (here, there) = (best["itc"].as_f64().unwrap(), matched[0]["itc"].as_f64().unwrap());
+    assert!((here - there).abs() < 1e-5, "{here} {there}");
+    world.run("caption nested --stage both --prompt a").exits(1);
+    world.run("caption nested --stage 3").exits(2);
+
+    let described = world.read("run/model/model.json");
+    let mut manifest: Value = serde_json::from_slice(&described).unwrap();
+    manifest["caption_stage"] = "both".into();
+    world.write("run/model/model.json", manifest.to_string().as_bytes());
+    assert_eq!(ran(&format!("caption nested {SEARCH}")), both);
+    assert_eq!(ran(&format!("caption nested {SEARCH} --batch-size 1")).len(), both.len());
+    assert!(ran("caption nested --prompt a")[0]["captions"][0]["itc"].is_null());
+    let rows = evaluation(world);
+    let systems = rows[0]["systems"].as_array().unwrap().iter();
+    let systems: Vec<_> = systems.map(|each| each["system"].as_str().unwrap()).collect();
+    assert_eq!(systems, ["model", "second_stage", "first_stage", "nearest_neighbour", "blind"]);
+    ran("convert run/model packs/both --layout blip2");
+    let kept: Value = serde_json::from_slice(&world.read("packs/both/model.json")).unwrap();
+    assert_eq!(kept["caption_stage"], "both");
+    world.write("run/model/model.json", &described);
 }
 
 /// As before `| head`: a reader that goes away is no failure.

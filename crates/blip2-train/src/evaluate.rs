@@ -1,15 +1,17 @@
 //! Runs a model over a held-out split and measures it, beside two baselines on the same pictures: the *nearest neighbour*
 //! (caption and answers of the training picture that the frozen encoder finds closest) and *blind* (the same model shown
 //! a blank picture). A model that does not beat both has not learnt to look. Where the model's first stage has a head that
-//! writes, its captions stand there, too: what the second stage loses is its own.
+//! writes, its captions stand there, too: what the second stage loses is its own; where captions are a choice from both
+//! stages', so do the second's.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use blip2::generate::{Beam, Options, Strategy};
+use blip2::choice::{Candidate, candidates};
+use blip2::generate::{Beam, Hypothesis, Options, Strategy};
 use blip2::image::{self, Pixels, Rgb};
-use blip2::model::{Captioner, Matcher, Vision};
+use blip2::model::{CaptionStage, Captioner, Matcher, Vision};
 use blip2::stage1::similarity;
 use blip2_ops::{Dropout, l2_normalize};
 use candle_core::{Device, Tensor};
@@ -150,6 +152,8 @@ pub struct Subject<'a> {
     pub hash: String,
     /// See [`crate::parts::vision_key`].
     pub vision_key: serde_json::Value,
+    /// Who writes its captions.
+    pub caption_stage: CaptionStage,
     /// Captions and answers.
     pub captioner: &'a Captioner,
     /// Retrieval; none where the model has no stage 1.
@@ -160,6 +164,13 @@ pub struct Subject<'a> {
 struct Said {
     caption: String,
     answers: Vec<String>,
+}
+
+impl Said {
+    /// A caption, and no answers.
+    fn only(caption: String) -> Self {
+        Self { caption, answers: Vec::new() }
+    }
 }
 
 /// A question and its right answer.
@@ -193,8 +204,7 @@ pub fn evaluate(
 
     let vision = subject.captioner.vision();
     let (patches, classes) = encode_exams(vision, &exams, file.data.batch_size, say)?;
-    let model = ask_model(subject.captioner, &exams, &patches, file, say)?;
-    let first_stage = ask_first_stage(subject.matcher, &exams, &patches, file, say)?;
+    let model = ask_model(subject, &exams, &patches, file, say)?;
     let nearest = {
         let (features, metas) = training_pictures(subject, &train, &file.data, say)?;
         let cosines = blip2_ops::linear(&classes, &features, None)?.to_vec2::<f32>()?;
@@ -208,11 +218,10 @@ pub fn evaluate(
         _ => None,
     };
 
-    let mut said =
-        vec![(System::Model, model), (System::NearestNeighbour, nearest), (System::Blind, blind)];
-    if let Some(first_stage) = first_stage {
-        said.insert(1, (System::FirstStage, first_stage));
-    }
+    let said = model
+        .into_iter()
+        .chain([(System::NearestNeighbour, nearest), (System::Blind, blind)])
+        .collect::<Vec<_>>();
     let mut pictures = exams.iter().map(picture_row).collect::<Result<Vec<_>>>()?;
     let systems = said
         .iter()
@@ -287,65 +296,81 @@ fn class_tokens(patches: &Tensor) -> Result<Tensor> {
     Ok(l2_normalize(&patches.narrow(1, 0, 1)?.squeeze(1)?.contiguous()?)?)
 }
 
+/// What the model says, and, if its captions are a choice from both stages', what each stage alone would have said.
 fn ask_model(
-    captioner: &Captioner,
+    subject: &Subject<'_>,
     exams: &[Exam],
     patches: &[Tensor],
     file: &EvalFile,
     say: &mut dyn FnMut(&str, u64, u64),
-) -> Result<Vec<Said>> {
-    let mut said = Vec::with_capacity(exams.len());
+) -> Result<Vec<(System, Vec<Said>)>> {
+    let writer = subject.matcher.filter(|matcher| !matcher.bridge().config().matching_only);
+    let mut model: Vec<Said> = Vec::with_capacity(exams.len());
+    let (mut second, mut first) = (Vec::new(), Vec::new());
     for (part, patches) in exams.chunks(file.data.batch_size).zip(patches) {
-        say("captions and answers", said.len() as u64, exams.len() as u64);
+        say("captions and answers", model.len() as u64, exams.len() as u64);
         let questions: Vec<&[Question]> =
             part.iter().map(|exam| exam.questions.as_slice()).collect();
-        said.extend(ask(captioner, &questions, patches, file)?);
+        let answers = answer(subject.captioner, &questions, patches, file)?;
+        let captions = match writer {
+            None => caption(subject.captioner, patches, file)?,
+            Some(matcher) => {
+                let options = file.decode.options();
+                let all = candidates(subject.captioner, matcher, patches, &options)?;
+                let firsts: Vec<String> = all.iter().map(|each| text_of(&each.first)).collect();
+                let seconds: Vec<String> = all.iter().map(|each| text_of(&each.second)).collect();
+                let captions = match subject.caption_stage {
+                    CaptionStage::First => firsts.clone(),
+                    CaptionStage::Second => seconds.clone(),
+                    CaptionStage::Both => {
+                        all.into_iter().map(|each| text_of(&each.best(1))).collect()
+                    }
+                };
+                first.extend(firsts.into_iter().map(Said::only));
+                if subject.caption_stage != CaptionStage::Second {
+                    second.extend(seconds.into_iter().map(Said::only));
+                }
+                captions
+            }
+        };
+        let said = |(caption, answers)| Said { caption, answers };
+        model.extend(captions.into_iter().zip(answers).map(said));
     }
-    Ok(said)
+    let mut all = vec![(System::Model, model)];
+    let stages = [(System::SecondStage, second), (System::FirstStage, first)];
+    all.extend(stages.into_iter().filter(|(_, said)| !said.is_empty()));
+    Ok(all)
 }
 
-/// Captions by the first stage's own head, if it has one; it answers nothing.
-fn ask_first_stage(
-    matcher: Option<&Matcher>,
-    exams: &[Exam],
-    patches: &[Tensor],
-    file: &EvalFile,
-    say: &mut dyn FnMut(&str, u64, u64),
-) -> Result<Option<Vec<Said>>> {
-    let Some(matcher) = matcher.filter(|matcher| !matcher.bridge().config().matching_only) else {
-        return Ok(None);
+/// The likeliest.
+fn text_of(candidates: &[Candidate]) -> String {
+    candidates.first().map(|candidate| candidate.text.clone()).unwrap_or_default()
+}
+
+/// The likeliest text for each.
+fn likeliest(captioner: &Captioner, found: Vec<Vec<Hypothesis>>) -> Result<Vec<String>> {
+    let text = |each: Vec<Hypothesis>| match each.first() {
+        Some(hypothesis) => Ok(captioner.text(hypothesis)?),
+        None => Ok(String::new()),
     };
-    let mut said = Vec::with_capacity(exams.len());
-    for patches in patches {
-        say("first stage", said.len() as u64, exams.len() as u64);
-        for found in matcher.caption_from(patches, &file.decode.options())? {
-            let caption = found.first().map(|best| matcher.text(best)).transpose()?;
-            said.push(Said { caption: caption.unwrap_or_default(), answers: Vec::new() });
-        }
-    }
-    Ok(Some(said))
+    found.into_iter().map(text).collect()
 }
 
-/// Captions the pictures of a batch and answers their questions.
-fn ask(
+/// The second stage's captions of the pictures of a batch.
+fn caption(captioner: &Captioner, patches: &Tensor, file: &EvalFile) -> Result<Vec<String>> {
+    let prompts = vec![captioner.caption_prompt(); patches.dim(0)?];
+    likeliest(captioner, captioner.generate_from(patches, &prompts, &file.decode.options())?)
+}
+
+/// Its answers to the questions about each picture.
+fn answer(
     captioner: &Captioner,
     asked: &[&[Question]],
     patches: &Tensor,
     file: &EvalFile,
-) -> Result<Vec<Said>> {
+) -> Result<Vec<Vec<String>>> {
     let options = file.decode.options();
-    let best = |found: Vec<Vec<blip2::generate::Hypothesis>>| -> Result<Vec<String>> {
-        let text = |each: Vec<blip2::generate::Hypothesis>| match each.first() {
-            Some(hypothesis) => Ok(captioner.text(hypothesis)?),
-            None => Ok(String::new()),
-        };
-        found.into_iter().map(text).collect()
-    };
-    let prompts = vec![captioner.caption_prompt(); asked.len()];
-    let captions = best(captioner.generate_from(patches, &prompts, &options)?)?;
-    let mut said: Vec<Said> =
-        captions.into_iter().map(|caption| Said { caption, answers: Vec::new() }).collect();
-
+    let mut said = vec![Vec::new(); asked.len()];
     let mut rows = Vec::new();
     let mut prompts = Vec::new();
     let mut all: Vec<&str> = Vec::new();
@@ -363,9 +388,8 @@ fn ask(
         let patches = patches.index_select(&Tensor::new(rows, &Device::Cpu)?, 0)?;
         let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
         let answers = captioner.answer_from(&patches, questions, &prompts, &options)?;
-        let answers = best(answers)?;
-        for (row, answer) in rows.iter().zip(answers) {
-            said[*row as usize].answers.push(answer);
+        for (row, answer) in rows.iter().zip(likeliest(captioner, answers)?) {
+            said[*row as usize].push(answer);
         }
     }
     Ok(said)
@@ -388,14 +412,12 @@ fn ask_blind(
     let distinct: BTreeMap<&str, &Question> = all.map(|asked| (asked.0.as_str(), asked)).collect();
     let asked: Vec<Question> = distinct.into_values().cloned().collect();
     let mut answers: BTreeMap<&str, String> = BTreeMap::new();
-    let caption = ask(captioner, &[&[]], &blank, file)?.pop().map(|said| said.caption);
+    let caption = caption(captioner, &blank, file)?.pop().unwrap_or_default();
     for (i, part) in asked.chunks(PART).enumerate() {
         say("blind", (i * PART) as u64, asked.len() as u64);
-        let said = ask(captioner, &[part], &blank, file)?.pop();
-        let found = said.map(|said| said.answers).unwrap_or_default();
+        let found = self::answer(captioner, &[part], &blank, file)?.pop().unwrap_or_default();
         answers.extend(part.iter().map(|(question, _)| question.as_str()).zip(found));
     }
-    let caption = caption.unwrap_or_default();
     let answer =
         |(question, _): &Question| answers.get(question.as_str()).cloned().unwrap_or_default();
     let said = |exam: &Exam| Said {

@@ -19,7 +19,8 @@ use blip2::assets::{self, Check, Progress};
 use blip2::image::Normalize;
 use blip2::lavis::{HeadCounts, Lavis};
 use blip2::model::{
-    Files, LlmPart, MANIFEST, Manifest, Model, PartFile, Stage1Part, Stage2Part, VisionPart,
+    CaptionStage, Files, LlmPart, MANIFEST, Manifest, Model, PartFile, Stage1Part, Stage2Part,
+    VisionPart,
 };
 use blip2::nn::Activation;
 use blip2::qformer::QFormerConfig;
@@ -111,6 +112,7 @@ impl Base {
             llm: None,
             stage1: None,
             stage2: None,
+            caption_stage: CaptionStage::default(),
         });
         manifest.vision = vision_part;
         let weights = match llm {

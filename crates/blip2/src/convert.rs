@@ -20,7 +20,8 @@ use crate::image::Normalize;
 use crate::lavis::{self, HeadCounts, Lavis, Stage, Tensors};
 use crate::llama::Gguf;
 use crate::model::{
-    Files, LlmPart, MANIFEST, Manifest, Model, PartFile, Stage1Part, Stage2Part, VisionPart,
+    CaptionStage, Files, LlmPart, MANIFEST, Manifest, Model, PartFile, Stage1Part, Stage2Part,
+    VisionPart,
 };
 use crate::nn::Activation;
 use crate::stage1::Stage1Config;
@@ -55,6 +56,7 @@ pub struct Parts {
     llm: Option<Language>,
     stage1: Option<One>,
     stage2: Option<Two>,
+    caption_stage: CaptionStage,
 }
 
 struct One {
@@ -118,7 +120,7 @@ impl Parts {
     /// # Errors
     /// If a part can't be found, fetched or read.
     pub fn of_model(model: &Model, progress: Progress<'_>) -> Result<Self> {
-        let Manifest { name, vision, llm, stage1, stage2 } = model.manifest.clone();
+        let Manifest { name, vision, llm, stage1, stage2, caption_stage } = model.manifest.clone();
         let vision = (vision.config, vision.normalize, model.vision_tensors(&mut *progress)?);
         let llm = match (llm, &stage2) {
             (Some(_), Some(_)) => Some(Language::of_model(model, progress)?),
@@ -150,7 +152,8 @@ impl Parts {
                     .transpose()?,
             })
         });
-        Ok(Self { name, vision, llm, stage1: stage1.transpose()?, stage2: stage2.transpose()? })
+        let (stage1, stage2) = (stage1.transpose()?, stage2.transpose()?);
+        Ok(Self { name, vision, llm, stage1, stage2, caption_stage })
     }
 
     /// The parts of a LAVIS checkpoint.
@@ -177,6 +180,7 @@ impl Parts {
             llm: None,
             stage1: None,
             stage2: None,
+            caption_stage: CaptionStage::default(),
         };
         match lavis.stage {
             Stage::One(config) => {
@@ -531,7 +535,8 @@ impl Parts {
             std::fs::write(&path, llm.tokenizer.to_json()?).map_err(Error::io(&path))?;
         }
         let llm = self.llm.as_ref().map(|_| LlmPart { weights: PartFile::File("llm".into()) });
-        let manifest = Manifest { name: self.name.clone(), vision, llm, stage1, stage2 };
+        let (name, caption_stage) = (self.name.clone(), self.caption_stage);
+        let manifest = Manifest { name, vision, llm, stage1, stage2, caption_stage };
         let value = serde_json::to_value(&manifest).map_err(|e| Error::Config(e.to_string()))?;
         write_json(&folder.join(MANIFEST), &value)?;
         Ok(bytes)

@@ -8,6 +8,7 @@
 
 pub mod assets;
 pub mod checkpoint;
+pub mod choice;
 pub mod convert;
 mod error;
 pub mod generate;

@@ -7,6 +7,7 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 
 use blip2_ops::{Dropout, WeightFormat, on_computing_thread};
 use candle_core::{DType, Device, Tensor};
@@ -21,7 +22,7 @@ use crate::llm::{self, Llm, LlmDecoder};
 use crate::nn;
 use crate::params::{self, Params};
 use crate::shards;
-use crate::stage1::{self, ItgDecoder, Stage1, Stage1Config};
+use crate::stage1::{self, ImageFeatures, ItgDecoder, Stage1, Stage1Config};
 use crate::stage2::{Stage2, Stage2Config};
 use crate::stored::Stored;
 use crate::tokenizer::{Padding, Side, TextBatch, Tokenizer, Width};
@@ -45,6 +46,30 @@ pub struct Manifest {
     pub stage1: Option<Stage1Part>,
     /// Captions and answers.
     pub stage2: Option<Stage2Part>,
+    /// Who writes captions unless told otherwise.
+    #[serde(default, skip_serializing_if = "CaptionStage::is_second")]
+    pub caption_stage: CaptionStage,
+}
+
+/// Who writes captions.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum CaptionStage {
+    /// The first stage, by its own head.
+    #[serde(rename = "1")]
+    First,
+    /// The second stage, with the language model.
+    #[default]
+    #[serde(rename = "2")]
+    Second,
+    /// Both, and the first stage chooses ([`crate::choice`]).
+    #[serde(rename = "both")]
+    Both,
+}
+
+impl CaptionStage {
+    fn is_second(&self) -> bool {
+        *self == Self::Second
+    }
 }
 
 /// The frozen image encoder.
@@ -213,6 +238,7 @@ impl Model {
                 question_prompt: question_prompt.into(),
                 vocab: None,
             }),
+            caption_stage: CaptionStage::default(),
         };
         Ok(Self { manifest, files: Files::HuggingFace(Box::new(checkpoint)) })
     }
@@ -304,10 +330,39 @@ impl Model {
         format: Option<WeightFormat>,
         progress: Progress<'_>,
     ) -> Result<Captioner> {
-        let part = self.manifest.stage2.clone().ok_or_else(|| {
+        let part = self.stage2()?;
+        let vision = Arc::new(self.vision(format, &mut *progress)?);
+        self.captioner_with(part, vision, format, progress)
+    }
+
+    /// Loads both stages; there is one image encoder, which they share.
+    ///
+    /// # Errors
+    /// As [`Self::captioner`] and [`Self::matcher`].
+    pub fn both(
+        &self,
+        format: Option<WeightFormat>,
+        progress: Progress<'_>,
+    ) -> Result<(Captioner, Matcher)> {
+        let (first, second) = (self.stage1()?, self.stage2()?);
+        let vision = Arc::new(self.vision(format, &mut *progress)?);
+        let matcher = self.matcher_with(first, Arc::clone(&vision), format)?;
+        Ok((self.captioner_with(second, vision, format, progress)?, matcher))
+    }
+
+    fn stage2(&self) -> Result<Stage2Part> {
+        self.manifest.stage2.clone().ok_or_else(|| {
             self.lacks("stage-2 part (captions, answers); train one, or give --model")
-        })?;
-        let vision = self.vision(format, &mut *progress)?;
+        })
+    }
+
+    fn captioner_with(
+        &self,
+        part: Stage2Part,
+        vision: Arc<Vision>,
+        format: Option<WeightFormat>,
+        progress: Progress<'_>,
+    ) -> Result<Captioner> {
         let (llm, tokenizer) = self.llm(format, progress)?;
         let bridge = self.build(&part.weights, format, |p| Stage2::new(p, &part.config))?;
         self.check_joint(
@@ -343,12 +398,20 @@ impl Model {
     /// # Errors
     /// If the model has no stage-1 part, or weights don't fit.
     pub fn matcher(&self, format: Option<WeightFormat>, progress: Progress<'_>) -> Result<Matcher> {
-        let part = self
-            .manifest
-            .stage1
-            .clone()
-            .ok_or_else(|| self.lacks("stage-1 part (match, embed)"))?;
-        let vision = self.vision(format, progress)?;
+        let part = self.stage1()?;
+        self.matcher_with(part, Arc::new(self.vision(format, progress)?), format)
+    }
+
+    fn stage1(&self) -> Result<Stage1Part> {
+        self.manifest.stage1.clone().ok_or_else(|| self.lacks("stage-1 part (match, embed)"))
+    }
+
+    fn matcher_with(
+        &self,
+        part: Stage1Part,
+        vision: Arc<Vision>,
+        format: Option<WeightFormat>,
+    ) -> Result<Matcher> {
         let bridge = self.build(&part.weights, format, |p| Stage1::new(p, &part.config))?;
         self.check_joint(
             &part.weights,
@@ -558,7 +621,7 @@ impl Vision {
 
 /// Captions pictures and answers questions about them.
 pub struct Captioner {
-    vision: Vision,
+    vision: Arc<Vision>,
     bridge: Stage2,
     llm: Llm,
     tokenizer: Tokenizer,
@@ -758,7 +821,7 @@ pub struct Score {
 
 /// Matches pictures with texts and embeds both.
 pub struct Matcher {
-    vision: Vision,
+    vision: Arc<Vision>,
     bridge: Stage1,
     tokenizer: Tokenizer,
     max_text_len: usize,
@@ -856,13 +919,24 @@ impl Matcher {
         patches: &Tensor,
         options: &generate::Options,
     ) -> Result<Vec<Vec<Hypothesis>>> {
-        let image = self.bridge.image(patches, &Dropout::off())?;
+        self.caption_after(self.bridge.image(patches, &Dropout::off())?, options)
+    }
+
+    /// [`Self::caption`] of pictures whose queries have been computed.
+    ///
+    /// # Errors
+    /// As [`Self::caption`].
+    pub fn caption_after(
+        &self,
+        image: ImageFeatures,
+        options: &generate::Options,
+    ) -> Result<Vec<Vec<Hypothesis>>> {
         let mut options = options.clone();
         if options.eos.is_empty() {
             options.eos = vec![self.tokenizer.special().eos];
         }
-        let mut decoder = ItgDecoder::new(&self.bridge, image)?;
-        generate::generate(&mut decoder, patches.dim(0)?, &options)
+        let rows = image.queries.dim(0)?;
+        generate::generate(&mut ItgDecoder::new(&self.bridge, image)?, rows, &options)
     }
 
     /// The text of a hypothesis, without special tokens.

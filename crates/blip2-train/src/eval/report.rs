@@ -17,8 +17,10 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum System {
-    /// The model under test.
+    /// The model under test, captioning as it does by default.
     Model,
+    /// Its second stage alone, where its captions are a choice from both.
+    SecondStage,
     /// Its first stage, captioning by its own head: what the second stage could have told the language model.
     FirstStage,
     /// Baseline: caption and answers of the training picture nearest in the frozen encoder's features.
@@ -32,6 +34,7 @@ impl System {
     pub fn label(self) -> &'static str {
         match self {
             Self::Model => "model",
+            Self::SecondStage => "second stage",
             Self::FirstStage => "first stage",
             Self::NearestNeighbour => "nearest neighbour",
             Self::Blind => "blind",
