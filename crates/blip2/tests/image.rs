@@ -289,6 +289,15 @@ fn cut_files_are_refused() {
 }
 
 #[test]
+fn a_damaged_png_is_told_in_words() {
+    let mut file = png_of(4, 1);
+    // The last byte of the header's checksum.
+    file[32] ^= 1;
+    let reason = refused("flipped bit", &file);
+    assert!(reason.contains("IHDR chunk") && !reason.contains("ChunkType"), "{reason}");
+}
+
+#[test]
 fn a_lost_end_marker_is_forgiven_only_when_the_picture_is_whole() {
     let golden = golden();
     let file = bytes(&golden["file/jpeg_420_q95"]);

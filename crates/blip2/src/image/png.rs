@@ -14,12 +14,12 @@ pub(super) fn decode(bytes: &[u8], pixels: Pixels) -> Fallible<(Raw, Option<Vec<
     let mut decoder = png::Decoder::new_with_limits(Cursor::new(bytes), limits);
     decoder.set_ignore_text_chunk(true);
     decoder.set_ignore_iccp_chunk(true);
-    let head = decoder.read_header_info().map_err(|e| e.to_string())?;
+    let head = decoder.read_header_info().map_err(|e| plain(&e))?;
     let sides = checked(head.width as usize, head.height as usize)?;
-    let mut reader = decoder.read_info().map_err(|e| e.to_string())?;
+    let mut reader = decoder.read_info().map_err(|e| plain(&e))?;
     let size = reader.output_buffer_size().ok_or("the picture is too large")?;
     let mut data = vec![0; size];
-    let line = reader.next_frame(&mut data).map_err(|e| e.to_string())?.line_size;
+    let line = reader.next_frame(&mut data).map_err(|e| plain(&e))?.line_size;
     let info = reader.info();
     let exif = info.exif_metadata.as_ref().map(|e| e.to_vec());
     let transparent = info.trns.as_deref();
@@ -52,6 +52,18 @@ pub(super) fn decode(bytes: &[u8], pixels: Pixels) -> Fallible<(Raw, Option<Vec<
         }
     };
     Ok((raw, exif))
+}
+
+/// An error of the decoder in words: it prints chunks as Rust's structures, `ChunkType { type: IHDR, … }`.
+fn plain(error: &png::DecodingError) -> String {
+    let text = error.to_string();
+    let named = || {
+        let (before, rest) = text.split_once("ChunkType {")?;
+        let (fields, after) = rest.split_once('}')?;
+        let name = fields.split_once("type: ")?.1.split(',').next()?;
+        Some(format!("{before}{}{after}", name.trim()))
+    };
+    named().unwrap_or_else(|| text.clone())
 }
 
 fn with_palette(sides: Sides, indices: &[u8], palette: &[u8], alpha: Option<&[u8]>) -> Raw {
