@@ -2,7 +2,7 @@
 
     python quality_gate.py --program ../target/release/blip2 --model mini --weights auto f16 q8_0 q4_k PICTURE_OR_FOLDER...
 
-Needs nothing but Python. Greedy captions; of each format the share of captions and of tokens that are f32's (a caption's
+Needs nothing but Python. Greedy captions of one stage, the second unless told otherwise; of each format the share of captions and of tokens that are f32's (a caption's
 tokens count until it leaves f32's), and by how much the log-probability of equal captions differs, a token. A format passes
 if at least 99 of 100 tokens are equal and the log-probability is off by at most 0.01 in the mean. Ends with 1 if `auto`,
 what the program takes unless told otherwise, does not pass.
@@ -19,7 +19,7 @@ LEAST_EQUAL, MOST_OFF = 0.99, 0.01
 
 def captions(args, weights):
     """Tokens and their log-probability of each picture."""
-    command = [args.program, "caption", "--model", args.model, "--weights", weights, "--num-beams", "1", "--format", "jsonl", *args.pictures]
+    command = [args.program, "caption", "--model", args.model, "--weights", weights, "--stage", args.stage, "--num-beams", "1", "--format", "jsonl", *args.pictures]
     rows = map(json.loads, subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.splitlines())
     return {row["image"]: (row["captions"][0]["tokens"], row["captions"][0]["score"]) for row in rows}
 
@@ -34,6 +34,7 @@ def main():
     parser.add_argument("--program", required=True, help="blip2")
     parser.add_argument("--model", default="mini")
     parser.add_argument("--weights", nargs="+", default=["auto", "f16", "q8_0", "q4_k"])
+    parser.add_argument("--stage", choices=["1", "2"], default="2", help="who writes")
     parser.add_argument("pictures", nargs="+")
     args = parser.parse_args()
     exact = captions(args, "f32")

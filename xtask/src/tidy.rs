@@ -96,6 +96,7 @@ const LIBRARY_ORDER: &[(&str, &[&str])] = &[
             "stage2",
         ],
     ),
+    ("choice", &["error", "generate", "model", "stage1"]),
     ("mini", &["error", "model"]),
     ("pack", &["error", "params", "stored", "model"]),
     // A cache of folders by name; what is in them is nothing to it.

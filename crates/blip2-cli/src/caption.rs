@@ -43,7 +43,10 @@ fn stage(model: &Model, args: &CaptionArgs) -> anyhow::Result<CaptionStage> {
         (None, Some(_)) => CaptionStage::Second,
         (None, None) => *caption_stage,
     };
-    if stage2.is_none() && stage1.as_ref().is_some_and(|part| !part.config.matching_only) {
+    if stage != CaptionStage::First
+        && stage2.is_none()
+        && stage1.as_ref().is_some_and(|part| !part.config.matching_only)
+    {
         anyhow::bail!("model {name} has no stage-2 part; its first stage captions with --stage 1");
     }
     Ok(stage)

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use blip2::choice::{Candidate, candidates};
+use blip2::choice::{Candidate, Candidates, candidates};
 use blip2::generate::{Beam, Hypothesis, Options, Strategy};
 use blip2::image::{self, Pixels, Rgb};
 use blip2::model::{CaptionStage, Captioner, Matcher, Vision};
@@ -160,17 +160,17 @@ pub struct Subject<'a> {
     pub matcher: Option<&'a Matcher>,
 }
 
+impl Subject<'_> {
+    /// The first stage, if it has a head that writes.
+    fn writer(&self) -> Option<&Matcher> {
+        self.matcher.filter(|matcher| !matcher.bridge().config().matching_only)
+    }
+}
+
 /// What one system said about one picture.
 struct Said {
     caption: String,
     answers: Vec<String>,
-}
-
-impl Said {
-    /// A caption, and no answers.
-    fn only(caption: String) -> Self {
-        Self { caption, answers: Vec::new() }
-    }
 }
 
 /// A question and its right answer.
@@ -210,7 +210,7 @@ pub fn evaluate(
         let cosines = blip2_ops::linear(&classes, &features, None)?.to_vec2::<f32>()?;
         exams.iter().zip(cosines).map(|(exam, row)| say_as_nearest(exam, &row, &metas)).collect()
     };
-    let blind = ask_blind(subject.captioner, &exams, file, say)?;
+    let blind = ask_blind(subject, &exams, file, say)?;
     let retrieval = match subject.matcher {
         Some(matcher) if file.retrieval.pairs > 0 => {
             Some(retrieve(matcher, &exams, &patches, file.retrieval, say)?)
@@ -296,55 +296,65 @@ fn class_tokens(patches: &Tensor) -> Result<Tensor> {
     Ok(l2_normalize(&patches.narrow(1, 0, 1)?.squeeze(1)?.contiguous()?)?)
 }
 
-/// What the model says, and, if its captions are a choice from both stages', what each stage alone would have said.
+/// What the model says, and what each of its stages alone would have said, as far as that is something else.
 fn ask_model(
     subject: &Subject<'_>,
     exams: &[Exam],
     patches: &[Tensor],
     file: &EvalFile,
     say: &mut dyn FnMut(&str, u64, u64),
-) -> Result<Vec<(System, Vec<Said>)>> {
-    let writer = subject.matcher.filter(|matcher| !matcher.bridge().config().matching_only);
-    let mut model: Vec<Said> = Vec::with_capacity(exams.len());
-    let (mut second, mut first) = (Vec::new(), Vec::new());
+) -> Result<BTreeMap<System, Vec<Said>>> {
+    let mut said: BTreeMap<System, Vec<Said>> = BTreeMap::new();
+    let mut done = 0;
     for (part, patches) in exams.chunks(file.data.batch_size).zip(patches) {
-        say("captions and answers", model.len() as u64, exams.len() as u64);
+        say("captions and answers", done, exams.len() as u64);
+        done += part.len() as u64;
         let questions: Vec<&[Question]> =
             part.iter().map(|exam| exam.questions.as_slice()).collect();
-        let answers = answer(subject.captioner, &questions, patches, file)?;
-        let captions = match writer {
-            None => caption(subject.captioner, patches, file)?,
-            Some(matcher) => {
-                let options = file.decode.options();
-                let all = candidates(subject.captioner, matcher, patches, &options)?;
-                let firsts: Vec<String> = all.iter().map(|each| text_of(&each.first)).collect();
-                let seconds: Vec<String> = all.iter().map(|each| text_of(&each.second)).collect();
-                let captions = match subject.caption_stage {
-                    CaptionStage::First => firsts.clone(),
-                    CaptionStage::Second => seconds.clone(),
-                    CaptionStage::Both => {
-                        all.into_iter().map(|each| text_of(&each.best(1))).collect()
-                    }
-                };
-                first.extend(firsts.into_iter().map(Said::only));
-                if subject.caption_stage != CaptionStage::Second {
-                    second.extend(seconds.into_iter().map(Said::only));
-                }
-                captions
-            }
-        };
-        let said = |(caption, answers)| Said { caption, answers };
-        model.extend(captions.into_iter().zip(answers).map(said));
+        let mut answers = answer(subject.captioner, &questions, patches, file)?;
+        for (system, captions) in caption(subject, patches, file)? {
+            // The stages alone are asked for captions only.
+            let answers = match system {
+                System::Model => std::mem::take(&mut answers),
+                _ => vec![Vec::new(); part.len()],
+            };
+            let each = captions.into_iter().zip(answers);
+            let each = each.map(|(caption, answers)| Said { caption, answers });
+            said.entry(system).or_default().extend(each);
+        }
     }
-    let mut all = vec![(System::Model, model)];
-    let stages = [(System::SecondStage, second), (System::FirstStage, first)];
-    all.extend(stages.into_iter().filter(|(_, said)| !said.is_empty()));
-    Ok(all)
+    Ok(said)
 }
 
-/// The likeliest.
-fn text_of(candidates: &[Candidate]) -> String {
-    candidates.first().map(|candidate| candidate.text.clone()).unwrap_or_default()
+/// The captions of a batch of encoded pictures: the model's as it gives them by default, and those of each stage that would
+/// be others.
+fn caption(
+    subject: &Subject<'_>,
+    patches: &Tensor,
+    file: &EvalFile,
+) -> Result<Vec<(System, Vec<String>)>> {
+    let Subject { captioner, caption_stage, .. } = *subject;
+    let options = file.decode.options();
+    let Some(matcher) = subject.writer() else {
+        let prompts = vec![captioner.caption_prompt(); patches.dim(0)?];
+        let found = captioner.generate_from(patches, &prompts, &options)?;
+        return Ok(vec![(System::Model, likeliest(captioner, found)?)]);
+    };
+    let all = candidates(captioner, matcher, patches, &options)?;
+    let texts = |of: &dyn Fn(&Candidates) -> Option<Candidate>| -> Vec<String> {
+        all.iter().map(|each| of(each).map(|best| best.text).unwrap_or_default()).collect()
+    };
+    let first = texts(&|each| each.first.first().cloned());
+    let second = texts(&|each| each.second.first().cloned());
+    Ok(match caption_stage {
+        CaptionStage::First => vec![(System::Model, first), (System::SecondStage, second)],
+        CaptionStage::Second => vec![(System::Model, second), (System::FirstStage, first)],
+        CaptionStage::Both => {
+            let best = texts(&|each| each.clone().best(1).pop());
+            let alone = [(System::SecondStage, second), (System::FirstStage, first)];
+            [(System::Model, best)].into_iter().chain(alone).collect()
+        }
+    })
 }
 
 /// The likeliest text for each.
@@ -354,12 +364,6 @@ fn likeliest(captioner: &Captioner, found: Vec<Vec<Hypothesis>>) -> Result<Vec<S
         None => Ok(String::new()),
     };
     found.into_iter().map(text).collect()
-}
-
-/// The second stage's captions of the pictures of a batch.
-fn caption(captioner: &Captioner, patches: &Tensor, file: &EvalFile) -> Result<Vec<String>> {
-    let prompts = vec![captioner.caption_prompt(); patches.dim(0)?];
-    likeliest(captioner, captioner.generate_from(patches, &prompts, &file.decode.options())?)
 }
 
 /// Its answers to the questions about each picture.
@@ -398,13 +402,14 @@ fn answer(
 /// The same model, shown white paper: what it knows without looking. The picture never changes, so each question is asked
 /// once, however many pictures it is about.
 fn ask_blind(
-    captioner: &Captioner,
+    subject: &Subject<'_>,
     exams: &[Exam],
     file: &EvalFile,
     say: &mut dyn FnMut(&str, u64, u64),
 ) -> Result<Vec<Said>> {
     /// Questions between two words of progress.
     const PART: usize = 64;
+    let captioner = subject.captioner;
     let side = captioner.vision().config().image_size as u32;
     let blank = Rgb { width: side, height: side, data: vec![255; (side * side * 3) as usize] };
     let blank = captioner.vision().encode(&[blank])?;
@@ -412,7 +417,9 @@ fn ask_blind(
     let distinct: BTreeMap<&str, &Question> = all.map(|asked| (asked.0.as_str(), asked)).collect();
     let asked: Vec<Question> = distinct.into_values().cloned().collect();
     let mut answers: BTreeMap<&str, String> = BTreeMap::new();
-    let caption = caption(captioner, &blank, file)?.pop().unwrap_or_default();
+    let captions = caption(subject, &blank, file)?;
+    let model = captions.into_iter().find(|(system, _)| *system == System::Model);
+    let caption = model.and_then(|(_, mut captions)| captions.pop()).unwrap_or_default();
     for (i, part) in asked.chunks(PART).enumerate() {
         say("blind", (i * PART) as u64, asked.len() as u64);
         let found = self::answer(captioner, &[part], &blank, file)?.pop().unwrap_or_default();

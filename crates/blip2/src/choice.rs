@@ -60,8 +60,8 @@ pub fn candidates(
     options: &Options,
 ) -> Result<Vec<Candidates>> {
     let num_return = match options.strategy {
-        Strategy::Beam(beam) => beam.num_beams,
-        _ => options.num_return,
+        Strategy::Beam(beam) | Strategy::BeamSample(beam, _) => beam.num_beams,
+        Strategy::Greedy | Strategy::Sample(_) => options.num_return,
     };
     let options = Options { num_return, ..options.clone() };
     let image = on_computing_thread(|| matcher.bridge().image(patches, &Dropout::off()))?;

@@ -240,6 +240,9 @@ impl Parts {
                 "ln_vision has the epsilon {eps:e} and will have that of the image encoder, {encoder_eps:e}"
             ));
         }
+        if self.caption_stage != CaptionStage::Second {
+            lost.push("captions will be those of its one stage, without a choice".into());
+        }
         if self
             .stage2
             .as_ref()

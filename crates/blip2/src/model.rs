@@ -67,6 +67,16 @@ pub enum CaptionStage {
 }
 
 impl CaptionStage {
+    /// As the description and the command line spell it.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::First => "1",
+            Self::Second => "2",
+            Self::Both => "both",
+        }
+    }
+
     fn is_second(&self) -> bool {
         *self == Self::Second
     }
@@ -251,7 +261,22 @@ impl Model {
         let bytes = files.read(MANIFEST)?;
         let manifest = serde_json::from_slice(&bytes)
             .map_err(|err| Error::file(files.describe(MANIFEST), err.to_string()))?;
-        Ok(Self { manifest, files })
+        let model = Self { manifest, files };
+        model.check_caption_stage()?;
+        Ok(model)
+    }
+
+    /// Who is said to write captions must be there.
+    fn check_caption_stage(&self) -> Result<()> {
+        let Manifest { stage1, stage2, caption_stage, .. } = &self.manifest;
+        let first = stage1.as_ref().is_some_and(|part| !part.config.matching_only);
+        let lacking = match caption_stage {
+            CaptionStage::First | CaptionStage::Both if !first => "stage 1 that writes",
+            CaptionStage::Both if stage2.is_none() => "stage 2",
+            _ => return Ok(()),
+        };
+        let reason = format!("caption_stage {}: there is no {lacking}", caption_stage.as_str());
+        Err(Error::file(self.files.describe(MANIFEST), reason))
     }
 
     /// Where the model's own files are.
@@ -345,6 +370,9 @@ impl Model {
         progress: Progress<'_>,
     ) -> Result<(Captioner, Matcher)> {
         let (first, second) = (self.stage1()?, self.stage2()?);
+        if first.config.matching_only {
+            return Err(self.lacks("first stage that writes captions: it only matches"));
+        }
         let vision = Arc::new(self.vision(format, &mut *progress)?);
         let matcher = self.matcher_with(first, Arc::clone(&vision), format)?;
         Ok((self.captioner_with(second, vision, format, progress)?, matcher))
@@ -599,7 +627,7 @@ impl Vision {
     }
 
     /// Pictures that go through the encoder together: as many as a cache holds the widest activations of. More would go to
-    /// memory and back between any two operations, a sixth of the time of a large encoder.
+    /// memory and back between any two operations, a twelfth of the time of a large encoder.
     fn together(&self) -> usize {
         const CACHE: usize = 8 << 20;
         let VitConfig { width, mlp_width, .. } = *self.vit.config();

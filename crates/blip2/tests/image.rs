@@ -288,6 +288,57 @@ fn cut_files_are_refused() {
     }
 }
 
+/// A grey JPEG 24 pixels wide, of rows of blocks one below the other that are those of the pictures `of`, each behind a
+/// restart marker, so that a row does not depend on where it stands.
+fn stacked(rows: &[usize], of: &[Vec<u8>]) -> Vec<u8> {
+    let scan = |file: &[u8]| {
+        let at = file.windows(2).position(|pair| pair == [0xFF, 0xDA]).unwrap();
+        at + 2 + usize::from(file[at + 3])
+    };
+    let head = &of[0][..scan(&of[0])];
+    let mut file = head.to_vec();
+    let size = file.windows(2).position(|pair| pair == [0xFF, 0xC0]).unwrap() + 5;
+    file[size..size + 2].copy_from_slice(&(8 * rows.len() as u16).to_be_bytes());
+    let before = file.windows(2).position(|pair| pair == [0xFF, 0xDA]).unwrap();
+    file.splice(before..before, [0xFF, 0xDD, 0, 4, 0, 3]);
+    for (i, row) in rows.iter().enumerate() {
+        if i > 0 {
+            file.extend([0xFF, 0xD0 + ((i - 1) % 8) as u8]);
+        }
+        let source = &of[*row];
+        file.extend(&source[scan(source)..source.len() - 2]);
+    }
+    file.extend([0xFF, 0xD9]);
+    file
+}
+
+/// Entropy data is read a strip of rows ahead of the transforms: every row must end up where it belongs.
+#[test]
+fn rows_of_many_strips_stand_where_they_belong() {
+    let one = |seed: u32| {
+        let grey: Vec<u8> = (0..24 * 8u32).map(|i| ((i * i * (seed + 3)) >> 3) as u8).collect();
+        let mut file = Vec::new();
+        let mut encoder = ::image::codecs::jpeg::JpegEncoder::new_with_quality(&mut file, 90);
+        encoder.encode(&grey, 24, 8, ::image::ExtendedColorType::L8).unwrap();
+        file
+    };
+    let of: Vec<Vec<u8>> = (0..3).map(one).collect();
+    let alone: Vec<Rgb> = of.iter().map(|file| decode(file, Pixels::Hf).unwrap()).collect();
+    for count in [1, 2, 15, 16, 17, 31, 32, 33, 50] {
+        let rows: Vec<usize> = (0..count).map(|i| i * i % 7 % 3).collect();
+        let file = stacked(&rows, &of);
+        let whole = decode(&file, Pixels::Hf).unwrap();
+        let expected: Vec<u8> = rows.iter().flat_map(|row| alone[*row].data.clone()).collect();
+        assert_eq!((whole.width, whole.height), (24, 8 * count as u32));
+        assert!(whole.data == expected, "{count} rows");
+        // A row that is missing is told, in whichever strip.
+        let marker = [0xFF, 0xD0 + ((count + 6) % 8) as u8];
+        if let Some(last) = file.windows(2).rposition(|pair| pair == marker) {
+            refused(&format!("{count} rows, the last cut"), &file[..last + 4]);
+        }
+    }
+}
+
 #[test]
 fn a_damaged_png_is_told_in_words() {
     let mut file = png_of(4, 1);

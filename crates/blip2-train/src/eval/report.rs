@@ -19,9 +19,9 @@ use crate::{Error, Result};
 pub enum System {
     /// The model under test, captioning as it does by default.
     Model,
-    /// Its second stage alone, where its captions are a choice from both.
+    /// Its second stage alone, where it does not write by itself.
     SecondStage,
-    /// Its first stage, captioning by its own head: what the second stage could have told the language model.
+    /// Its first stage alone, where it does not write by itself: what the second could have told the language model.
     FirstStage,
     /// Baseline: caption and answers of the training picture nearest in the frozen encoder's features.
     NearestNeighbour,
@@ -177,7 +177,7 @@ pub struct Report {
     /// What a reader of the numbers should know: samples that could not be used, say.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
-    /// The model first, its first stage if it has one that writes, then the baselines.
+    /// The model first, then its stages as far as they alone would have said something else, then the baselines.
     pub systems: Vec<SystemScores>,
     /// Retrieval, where it was measured.
     pub retrieval: Option<RetrievalReport>,
