@@ -99,7 +99,8 @@ fn by_both(
             let described = best.into_iter().map(|candidate| {
                 let mut json = describe(&candidate.text, &candidate.hypothesis);
                 json["stage"] = candidate.stage.into();
-                json["itc"] = candidate.itc.into();
+                json["itm"] = candidate.fit.itm.into();
+                json["itc"] = candidate.fit.itc.into();
                 (candidate.text, json)
             });
             vec![row(path, described.collect())]

@@ -549,7 +549,7 @@ fn chooses_from_both_stages(world: &World) {
     let text = |caption: &Value| caption["text"].as_str().unwrap().to_owned();
     let (first, second, both) = (each("1"), each("2"), each("both"));
     for ((first, second), both) in first.iter().zip(&second).zip(&both) {
-        // Every caption's cosine, as `match` tells it.
+        // Every caption's probability, as `match` tells it.
         let candidates: Vec<_> =
             captions(first).iter().chain(&captions(second)).map(text).collect();
         let mut command = world.program("match --format jsonl");
@@ -558,12 +558,12 @@ fn chooses_from_both_stages(world: &World) {
             command.arg("--text").arg(candidate);
         });
         let matched = run(&mut command).exits(0).rows();
-        let cosines: Vec<f64> = matched.iter().map(|row| row["itc"].as_f64().unwrap()).collect();
-        let best = cosines.iter().copied().fold(f64::MIN, f64::max);
+        let scores: Vec<f64> = matched.iter().map(|row| row["itm"].as_f64().unwrap()).collect();
+        let best = scores.iter().copied().fold(f64::MIN, f64::max);
         let chosen = captions(both);
-        let itc = |i: usize| chosen[i]["itc"].as_f64().unwrap();
-        assert!((itc(0) - best).abs() < 1e-5, "{both} of {cosines:?}");
-        assert!(itc(0) >= itc(1), "{both}");
+        let itm = |i: usize| chosen[i]["itm"].as_f64().unwrap();
+        assert!((itm(0) - best).abs() < 1e-5, "{both} of {scores:?}");
+        assert!(itm(0) >= itm(1), "{both}");
         for caption in &chosen {
             let stage = if caption["stage"] == 1 { first } else { second };
             let written: Vec<_> = captions(stage).iter().map(text).collect();
@@ -581,7 +581,7 @@ fn chooses_from_both_stages(world: &World) {
     let alone = ran(&format!("caption nested {SEARCH} --batch-size 1"));
     let texts = |row: &Value| captions(row).iter().map(text).collect::<Vec<_>>();
     assert!(alone.iter().map(texts).eq(both.iter().map(texts)), "{alone:?} {both:?}");
-    assert!(ran("caption nested --prompt a")[0]["captions"][0]["itc"].is_null());
+    assert!(ran("caption nested --prompt a")[0]["captions"][0]["itm"].is_null());
     let rows = evaluation(world);
     let systems = rows[0]["systems"].as_array().unwrap().iter();
     let systems: Vec<_> = systems.map(|each| each["system"].as_str().unwrap()).collect();

@@ -1,17 +1,18 @@
 //! Captions of both stages, and the choice among them.
 //!
 //! The second stage writes with its language model, the first by its own head (ITG). All that their beams end with are
-//! candidates, and the first stage judges them: by ITC, the cosine of picture and text, as CapFilt ranks the captions of a
-//! web picture. A bridge that is young knows more than it can yet tell the language model; this is how it is heard.
+//! candidates, and the first stage judges them: by ITM, as it re-ranks what retrieval finds. A bridge that is young knows more
+//! than it can yet tell the language model; this is how it is heard.
 
 use std::collections::BTreeSet;
 
 use blip2_ops::{Dropout, on_computing_thread};
 use candle_core::Tensor;
 
+use crate::Result;
 use crate::generate::{Hypothesis, Options, Strategy};
-use crate::model::{Captioner, Matcher};
-use crate::{Result, stage1};
+use crate::model::{Captioner, Matcher, Score};
+use crate::stage1::ImageFeatures;
 
 /// A caption, and how well it fits its picture.
 #[derive(Debug, Clone, PartialEq)]
@@ -22,8 +23,8 @@ pub struct Candidate {
     pub hypothesis: Hypothesis,
     /// Who wrote it: 1 or 2.
     pub stage: u8,
-    /// Cosine of the text and its picture in the first stage's common space, the best of the queries.
-    pub itc: f32,
+    /// How the text fits its picture, by the first stage.
+    pub fit: Score,
 }
 
 /// All that was written about one picture.
@@ -36,11 +37,11 @@ pub struct Candidates {
 }
 
 impl Candidates {
-    /// Those that fit best, `count` at most: highest ITC first, no text twice.
+    /// Those that fit best, `count` at most: highest ITM first, no text twice.
     #[must_use]
     pub fn best(self, count: usize) -> Vec<Candidate> {
         let mut all: Vec<Candidate> = self.second.into_iter().chain(self.first).collect();
-        all.sort_by(|a, b| b.itc.total_cmp(&a.itc));
+        all.sort_by(|a, b| b.fit.itm.total_cmp(&a.fit.itm));
         let mut seen = BTreeSet::new();
         all.retain(|candidate| seen.insert(candidate.text.clone()));
         all.truncate(count);
@@ -65,16 +66,15 @@ pub fn candidates(
     };
     let options = Options { num_return, ..options.clone() };
     let image = on_computing_thread(|| matcher.bridge().image(patches, &Dropout::off()))?;
-    let embeds = image.embeds.clone();
-    let first = matcher.caption_after(image, &options)?;
+    let first = matcher.caption_after(image.clone(), &options)?;
     let prompts = vec![captioner.caption_prompt(); first.len()];
     let second = captioner.generate_from(patches, &prompts, &options)?;
     let mut all = Vec::with_capacity(first.len());
-    for (i, (first, second)) in first.into_iter().zip(second).enumerate() {
+    for (row, (first, second)) in first.into_iter().zip(second).enumerate() {
         let first = written(1, first, |hypothesis| matcher.text(hypothesis))?;
         let second = written(2, second, |hypothesis| captioner.text(hypothesis))?;
         let mut candidates = Candidates { first, second };
-        judge(matcher, &embeds.narrow(0, i, 1)?, &mut candidates)?;
+        on_computing_thread(|| judge(matcher, &image, row, &mut candidates))?;
         all.push(candidates);
     }
     Ok(all)
@@ -87,21 +87,24 @@ fn written(
     text: impl Fn(&Hypothesis) -> Result<String>,
 ) -> Result<Vec<Candidate>> {
     let candidate = |hypothesis: Hypothesis| {
-        Ok(Candidate { text: text(&hypothesis)?, hypothesis, stage, itc: 0.0 })
+        let fit = Score { itm: 0.0, itc: 0.0 };
+        Ok(Candidate { text: text(&hypothesis)?, hypothesis, stage, fit })
     };
     hypotheses.into_iter().map(candidate).collect()
 }
 
-/// Compares each text with its picture (1, queries, e).
-fn judge(matcher: &Matcher, embeds: &Tensor, candidates: &mut Candidates) -> Result<()> {
+/// Compares each text with its picture, `row` of `image`.
+fn judge(
+    matcher: &Matcher,
+    image: &ImageFeatures,
+    row: usize,
+    candidates: &mut Candidates,
+) -> Result<()> {
     let Candidates { first, second } = candidates;
     let all: Vec<&mut Candidate> = first.iter_mut().chain(second).collect();
     let texts: Vec<&str> = all.iter().map(|candidate| candidate.text.as_str()).collect();
-    let cosines =
-        on_computing_thread(|| stage1::similarity(embeds, &matcher.embed_texts(&texts)?))?;
-    for (candidate, itc) in all.into_iter().zip(cosines.flatten_all()?.to_vec1()?) {
-        candidate.itc = itc;
-    }
+    let scores = matcher.score_row(image, row, &matcher.texts(&texts)?)?;
+    all.into_iter().zip(scores).for_each(|(candidate, score)| candidate.fit = score);
     Ok(())
 }
 
@@ -109,9 +112,9 @@ fn judge(matcher: &Matcher, embeds: &Tensor, candidates: &mut Candidates) -> Res
 mod tests {
     use super::*;
 
-    fn candidate(stage: u8, text: &str, itc: f32) -> Candidate {
+    fn candidate(stage: u8, text: &str, itm: f32) -> Candidate {
         let hypothesis = Hypothesis { tokens: Vec::new(), score: 0.0 };
-        Candidate { text: text.into(), hypothesis, stage, itc }
+        Candidate { text: text.into(), hypothesis, stage, fit: Score { itm, itc: 0.0 } }
     }
 
     #[test]

@@ -19,3 +19,15 @@ const FILES: &[(&str, &[u8])] = &[
 pub fn model() -> Result<Model> {
     Model::open(Files::Builtin(FILES))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::CaptionStage;
+
+    /// What a training run writes does not say so: it is easily lost when mini is packed anew.
+    #[test]
+    fn mini_chooses_from_both_stages() {
+        assert_eq!(model().unwrap().manifest.caption_stage, CaptionStage::Both);
+    }
+}

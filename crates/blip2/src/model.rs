@@ -866,6 +866,13 @@ pub struct Score {
     pub itc: f32,
 }
 
+/// Texts as the first stage compares them: ids and mask (n, t), and in the common space (n, e).
+pub(crate) struct Texts {
+    ids: Tensor,
+    tokens: Tensor,
+    embeds: Tensor,
+}
+
 /// Matches pictures with texts and embeds both.
 pub struct Matcher {
     vision: Arc<Vision>,
@@ -880,23 +887,34 @@ impl Matcher {
     /// # Errors
     /// If a text is too long for the tokenizer.
     pub fn score(&self, pictures: &[Rgb], texts: &[&str]) -> Result<Vec<Vec<Score>>> {
-        let off = Dropout::off();
+        let texts = self.texts(texts)?;
+        let image = self.bridge.image(&self.vision.encode(pictures)?, &Dropout::off())?;
+        (0..pictures.len()).map(|row| self.score_row(&image, row, &texts)).collect()
+    }
+
+    /// Texts, ready to be compared with pictures.
+    pub(crate) fn texts(&self, texts: &[&str]) -> Result<Texts> {
         let batch = self.tokenize(texts)?;
-        let (ids, tokens) = (&batch.ids, batch.mask_tensor()?);
-        let image = self.bridge.image(&self.vision.encode(pictures)?, &off)?;
-        let cosines = stage1::similarity(&image.embeds, &self.bridge.text(ids, &tokens, &off)?)?
-            .to_vec2::<f32>()?;
-        let mut scores = Vec::with_capacity(pictures.len());
-        for (i, cosines) in cosines.into_iter().enumerate() {
-            // One picture with every text: each row of the batch is the same picture.
-            let picture = image.picture.select(&vec![i as u32; texts.len()])?;
-            let matched =
-                stage1::match_probability(&self.bridge.itm(&picture, ids, &tokens, &off)?)?;
-            scores.push(
-                matched.into_iter().zip(cosines).map(|(itm, itc)| Score { itm, itc }).collect(),
-            );
-        }
-        Ok(scores)
+        let tokens = batch.mask_tensor()?;
+        let embeds = self.bridge.text(&batch.ids, &tokens, &Dropout::off())?;
+        Ok(Texts { ids: batch.ids, tokens, embeds })
+    }
+
+    /// The scores of `texts` for picture `row` of `image`.
+    pub(crate) fn score_row(
+        &self,
+        image: &ImageFeatures,
+        row: usize,
+        texts: &Texts,
+    ) -> Result<Vec<Score>> {
+        let Texts { ids, tokens, embeds } = texts;
+        let cosines = stage1::similarity(&image.embeds.narrow(0, row, 1)?, embeds)?;
+        // One picture with every text: each row of the batch is the same picture.
+        let picture = image.picture.select(&vec![row as u32; ids.dim(0)?])?;
+        let logits = self.bridge.itm(&picture, ids, tokens, &Dropout::off())?;
+        let matched = stage1::match_probability(&logits)?.into_iter();
+        let scores = matched.zip(cosines.flatten_all()?.to_vec1()?);
+        Ok(scores.map(|(itm, itc)| Score { itm, itc }).collect())
     }
 
     /// Pictures → (b, queries, e), normalised.

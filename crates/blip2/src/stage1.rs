@@ -31,6 +31,7 @@ pub struct Stage1Config {
 }
 
 /// A picture as stage 1 sees it.
+#[derive(Clone)]
 pub struct ImageFeatures {
     /// The picture's keys and values, for further passes.
     pub picture: Picture,
