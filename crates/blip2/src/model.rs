@@ -374,7 +374,7 @@ impl Model {
             return Err(self.lacks("first stage that writes captions: it only matches"));
         }
         let vision = Arc::new(self.vision(format, &mut *progress)?);
-        let matcher = self.matcher_with(first, Arc::clone(&vision), format)?;
+        let matcher = self.matcher_with(&first, Arc::clone(&vision), format)?;
         Ok((self.captioner_with(second, vision, format, progress)?, matcher))
     }
 
@@ -427,7 +427,7 @@ impl Model {
     /// If the model has no stage-1 part, or weights don't fit.
     pub fn matcher(&self, format: Option<WeightFormat>, progress: Progress<'_>) -> Result<Matcher> {
         let part = self.stage1()?;
-        self.matcher_with(part, Arc::new(self.vision(format, progress)?), format)
+        self.matcher_with(&part, Arc::new(self.vision(format, progress)?), format)
     }
 
     fn stage1(&self) -> Result<Stage1Part> {
@@ -436,7 +436,7 @@ impl Model {
 
     fn matcher_with(
         &self,
-        part: Stage1Part,
+        part: &Stage1Part,
         vision: Arc<Vision>,
         format: Option<WeightFormat>,
     ) -> Result<Matcher> {

@@ -582,13 +582,11 @@ impl Picture {
             let (read, transformed) = rayon::join(
                 || entropy.strip(&mut ahead, count),
                 || {
-                    let strips = indices.iter().zip(&rows).zip(&ready);
-                    strips
-                        .map(|((&index, row), strip)| {
-                            let start = first.saturating_sub(STRIP) * row;
-                            self.inverse(index, &strip[..waiting * row], start)
-                        })
-                        .collect::<Fallible<()>>()
+                    let mut strips = indices.iter().zip(&rows).zip(&ready);
+                    let start = first.saturating_sub(STRIP);
+                    strips.try_for_each(|((&index, row), strip)| {
+                        self.inverse(index, &strip[..waiting * row], start * row)
+                    })
                 },
             );
             read?;
