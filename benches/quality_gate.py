@@ -2,10 +2,10 @@
 
     python quality_gate.py --program ../target/release/blip2 --model mini --weights auto f16 q8_0 q4_k PICTURE_OR_FOLDER...
 
-Needs nothing but Python. Greedy captions of one stage, the second unless told otherwise; of each format the share of captions and of tokens that are f32's (a caption's
-tokens count until it leaves f32's), and by how much the log-probability of equal captions differs, a token. A format passes
-if at least 99 of 100 tokens are equal and the log-probability is off by at most 0.01 in the mean. Ends with 1 if `auto`,
-what the program takes unless told otherwise, does not pass.
+Needs nothing but Python. Greedy captions of one stage, the second unless told otherwise; of each format the share of captions and
+of tokens that are f32's (a caption's tokens count until it leaves f32's), and by how much the log-probability of equal captions
+differs, a token. A format passes if at least 99 of 100 tokens are equal and the log-probability is off by at most 0.01 in the
+mean. Ends with 1 if `auto`, what the program takes unless told otherwise, does not pass.
 """
 
 import argparse

@@ -2,9 +2,10 @@
 
 use std::path::Path;
 
-use blip2::choice::{Candidates, candidates};
+use blip2::choice::{Candidate, Candidates, candidates};
 use blip2::generate::{Hypothesis, Options};
-use blip2::model::{CaptionStage, Manifest, Model};
+use blip2::image::Rgb;
+use blip2::model::{CaptionStage, Manifest, Model, Vision};
 use serde_json::{Value, json};
 
 use crate::cli::{CaptionArgs, Global, StageName};
@@ -13,23 +14,24 @@ use crate::pictures::Found;
 use crate::{Outcome, model};
 
 pub(crate) fn run(global: &Global, args: &CaptionArgs) -> anyhow::Result<Outcome> {
-    let options = model::generate_options(&args.generate, args.num_captions.into());
-    let found = Found::new(&args.images);
+    let options = &model::generate_options(&args.generate, args.num_captions.into());
+    let found = &Found::new(&args.images);
     if found.is_hopeless() {
         return found.report(global.format);
     }
-    let model = model::open(&global.model)?;
-    match stage(&model, args)? {
-        CaptionStage::First => by_first_stage(global, args, &model, &found, &options),
-        CaptionStage::Second => by_second_stage(global, args, &model, &found, &options),
-        CaptionStage::Both => by_both(global, args, &model, &found, &options),
+    let model = &model::open(&global.model)?;
+    let call = Call { global, args, model, found, options };
+    match stage(model, args)? {
+        CaptionStage::First => call.by_first_stage(),
+        CaptionStage::Second => call.by_second_stage(),
+        CaptionStage::Both => call.by_both(),
     }
 }
 
 /// Who was asked for, else who the model's description names. That a first stage alone could write, too, is worth a hint and
 /// no more: its captions are those of a model in training. Only the second goes on from a prompt.
 fn stage(model: &Model, args: &CaptionArgs) -> anyhow::Result<CaptionStage> {
-    let Manifest { name, stage1, stage2, caption_stage, .. } = &model.manifest;
+    let Manifest { name, stage2, caption_stage, .. } = &model.manifest;
     let asked = args.stage.map(|stage| match stage {
         StageName::First => CaptionStage::First,
         StageName::Second => CaptionStage::Second,
@@ -43,70 +45,69 @@ fn stage(model: &Model, args: &CaptionArgs) -> anyhow::Result<CaptionStage> {
         (None, Some(_)) => CaptionStage::Second,
         (None, None) => *caption_stage,
     };
-    if stage != CaptionStage::First
-        && stage2.is_none()
-        && stage1.as_ref().is_some_and(|part| !part.config.matching_only)
-    {
+    if stage != CaptionStage::First && stage2.is_none() && model.manifest.first_stage_writes() {
         anyhow::bail!("model {name} has no stage-2 part; its first stage captions with --stage 1");
     }
     Ok(stage)
 }
 
-fn by_second_stage(
-    global: &Global,
-    args: &CaptionArgs,
-    model: &Model,
-    found: &Found,
-    options: &Options,
-) -> anyhow::Result<Outcome> {
-    let captioner = model::captioner(global, model)?;
-    let side = captioner.vision().config().image_size;
-    let prompt = args.prompt.as_deref().unwrap_or_else(|| captioner.caption_prompt());
-    found.for_each_batch(&args.pictures, side, global.format, |paths, pictures| {
-        let prompts = vec![prompt; pictures.len()];
-        rows(paths, &captioner.generate(pictures, &prompts, options)?, |c| captioner.text(c))
-    })
+/// What was asked of which model, about which pictures.
+struct Call<'a> {
+    global: &'a Global,
+    args: &'a CaptionArgs,
+    model: &'a Model,
+    found: &'a Found,
+    options: &'a Options,
 }
 
-fn by_first_stage(
-    global: &Global,
-    args: &CaptionArgs,
-    model: &Model,
-    found: &Found,
-    options: &Options,
-) -> anyhow::Result<Outcome> {
-    let matcher = model::matcher(global, model)?;
-    let side = matcher.vision().config().image_size;
-    found.for_each_batch(&args.pictures, side, global.format, |paths, pictures| {
-        rows(paths, &matcher.caption(pictures, options)?, |c| matcher.text(c))
-    })
+impl Call<'_> {
+    fn by_second_stage(&self) -> anyhow::Result<Outcome> {
+        let captioner = model::captioner(self.global, self.model)?;
+        let prompt = self.args.prompt.as_deref().unwrap_or_else(|| captioner.caption_prompt());
+        self.for_each_batch(captioner.vision(), |paths, pictures| {
+            let prompts = vec![prompt; pictures.len()];
+            let captions = captioner.generate(pictures, &prompts, self.options)?;
+            rows(paths, &captions, |c| captioner.text(c))
+        })
+    }
+
+    fn by_first_stage(&self) -> anyhow::Result<Outcome> {
+        let matcher = model::matcher(self.global, self.model)?;
+        self.for_each_batch(matcher.vision(), |paths, pictures| {
+            rows(paths, &matcher.caption(pictures, self.options)?, |c| matcher.text(c))
+        })
+    }
+
+    fn by_both(&self) -> anyhow::Result<Outcome> {
+        let (captioner, matcher) = model::both(self.global, self.model)?;
+        self.for_each_batch(captioner.vision(), |paths, pictures| {
+            let patches = captioner.vision().encode(pictures)?;
+            let all = candidates(&captioner, &matcher, &patches, self.options)?;
+            let each = |(path, candidates): (&&Path, Candidates)| {
+                let best = candidates.best(self.args.num_captions.into());
+                vec![row(path, best.into_iter().map(described).collect())]
+            };
+            Ok(paths.iter().zip(all).map(each).collect())
+        })
+    }
+
+    fn for_each_batch(
+        &self,
+        vision: &Vision,
+        work: impl FnMut(&[&Path], &[Rgb]) -> anyhow::Result<Vec<Vec<Row>>>,
+    ) -> anyhow::Result<Outcome> {
+        let side = vision.config().image_size;
+        self.found.for_each_batch(&self.args.pictures, side, self.global.format, work)
+    }
 }
 
-fn by_both(
-    global: &Global,
-    args: &CaptionArgs,
-    model: &Model,
-    found: &Found,
-    options: &Options,
-) -> anyhow::Result<Outcome> {
-    let (captioner, matcher) = model::both(global, model)?;
-    let side = captioner.vision().config().image_size;
-    found.for_each_batch(&args.pictures, side, global.format, |paths, pictures| {
-        let patches = captioner.vision().encode(pictures)?;
-        let all = candidates(&captioner, &matcher, &patches, options)?;
-        let each = |(path, candidates): (&&Path, Candidates)| {
-            let best = candidates.best(args.num_captions.into());
-            let described = best.into_iter().map(|candidate| {
-                let mut json = describe(&candidate.text, &candidate.hypothesis);
-                json["stage"] = candidate.stage.into();
-                json["itm"] = candidate.fit.itm.into();
-                json["itc"] = candidate.fit.itc.into();
-                (candidate.text, json)
-            });
-            vec![row(path, described.collect())]
-        };
-        Ok(paths.iter().zip(all).map(each).collect())
-    })
+/// A chosen caption: its text, and what JSON says of it.
+fn described(candidate: Candidate) -> (String, Value) {
+    let mut json = describe(&candidate.text, &candidate.hypothesis);
+    json["stage"] = candidate.stage.into();
+    json["itm"] = candidate.fit.itm.into();
+    json["itc"] = candidate.fit.itc.into();
+    (candidate.text, json)
 }
 
 /// A row for each picture with its captions.

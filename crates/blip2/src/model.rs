@@ -51,6 +51,14 @@ pub struct Manifest {
     pub caption_stage: CaptionStage,
 }
 
+impl Manifest {
+    /// Whether there is a first stage with a head that writes captions: some only match.
+    #[must_use]
+    pub fn first_stage_writes(&self) -> bool {
+        self.stage1.as_ref().is_some_and(|part| !part.config.matching_only)
+    }
+}
+
 /// Who writes captions.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CaptionStage {
@@ -268,10 +276,11 @@ impl Model {
 
     /// Who is said to write captions must be there.
     fn check_caption_stage(&self) -> Result<()> {
-        let Manifest { stage1, stage2, caption_stage, .. } = &self.manifest;
-        let first = stage1.as_ref().is_some_and(|part| !part.config.matching_only);
+        let Manifest { stage2, caption_stage, .. } = &self.manifest;
         let lacking = match caption_stage {
-            CaptionStage::First | CaptionStage::Both if !first => "stage 1 that writes",
+            CaptionStage::First | CaptionStage::Both if !self.manifest.first_stage_writes() => {
+                "stage 1 that writes"
+            }
             CaptionStage::Both if stage2.is_none() => "stage 2",
             _ => return Ok(()),
         };
@@ -370,7 +379,7 @@ impl Model {
         progress: Progress<'_>,
     ) -> Result<(Captioner, Matcher)> {
         let (first, second) = (self.stage1()?, self.stage2()?);
-        if first.config.matching_only {
+        if !self.manifest.first_stage_writes() {
             return Err(self.lacks("first stage that writes captions: it only matches"));
         }
         let vision = Arc::new(self.vision(format, &mut *progress)?);
@@ -972,19 +981,8 @@ impl Matcher {
         pictures: &[Rgb],
         options: &generate::Options,
     ) -> Result<Vec<Vec<Hypothesis>>> {
-        self.caption_from(&self.vision.encode(pictures)?, options)
-    }
-
-    /// [`Self::caption`] of the image encoder's output (b, p, w).
-    ///
-    /// # Errors
-    /// As [`Self::caption`].
-    pub fn caption_from(
-        &self,
-        patches: &Tensor,
-        options: &generate::Options,
-    ) -> Result<Vec<Vec<Hypothesis>>> {
-        self.caption_after(self.bridge.image(patches, &Dropout::off())?, options)
+        let patches = self.vision.encode(pictures)?;
+        self.caption_after(self.bridge.image(&patches, &Dropout::off())?, options)
     }
 
     /// [`Self::caption`] of pictures whose queries have been computed.

@@ -417,8 +417,7 @@ struct Entropy<'s, 'a> {
     lanes: Vec<Lane<'s, 'a>>,
     /// MCUs a row.
     across: usize,
-    restart: usize,
-    until_restart: usize,
+    restarts: Restarts,
 }
 
 impl Entropy<'_, '_> {
@@ -429,7 +428,9 @@ impl Entropy<'_, '_> {
         }
         for my in 0..count {
             for mx in 0..self.across {
-                self.restart()?;
+                if self.restarts.due(self.bits)? {
+                    self.lanes.iter_mut().for_each(|lane| *lane.prediction = 0);
+                }
                 for (lane, strip) in self.lanes.iter_mut().zip(&mut *strips) {
                     for y in 0..lane.v {
                         for x in 0..lane.h {
@@ -445,16 +446,29 @@ impl Entropy<'_, '_> {
         }
         Ok(())
     }
+}
 
-    /// Before each MCU: reads the restart marker that is due.
-    fn restart(&mut self) -> Fallible<()> {
-        if self.restart > 0 && self.until_restart == 0 {
-            self.bits.restart()?;
-            self.lanes.iter_mut().for_each(|lane| *lane.prediction = 0);
-            self.until_restart = self.restart;
+/// The restart markers of a scan.
+struct Restarts {
+    /// MCUs from one to the next; 0: there are none.
+    every: usize,
+    left: usize,
+}
+
+impl Restarts {
+    fn new(every: usize) -> Self {
+        Self { every, left: every }
+    }
+
+    /// Before each MCU: steps over a marker that is due. Whether it was: predictions begin anew.
+    fn due(&mut self, bits: &mut Bits<'_>) -> Fallible<bool> {
+        let due = self.every > 0 && self.left == 0;
+        if due {
+            bits.restart()?;
+            self.left = self.every;
         }
-        self.until_restart = self.until_restart.saturating_sub(1);
-        Ok(())
+        self.left = self.left.saturating_sub(1);
+        Ok(due)
     }
 }
 
@@ -574,7 +588,7 @@ impl Picture {
         };
         let (mut ahead, mut ready) = (strip(), strip());
         let rows: Vec<usize> = lanes.iter().map(Lane::row).collect();
-        let mut entropy = Entropy { bits, lanes, across, restart, until_restart: restart };
+        let mut entropy = Entropy { bits, lanes, across, restarts: Restarts::new(restart) };
         // What is transformed in a round was read in the one before.
         let mut waiting = 0;
         for first in (0..down + STRIP).step_by(STRIP) {
@@ -620,18 +634,15 @@ impl Picture {
         restart: usize,
     ) -> Fallible<()> {
         let (across, down, blocks) = self.layout(parts);
-        let mut until_restart = restart;
+        let mut restarts = Restarts::new(restart);
         // Blocks left in which the band is all zero (or, when refining, gets no new coefficient).
         let mut zero_run = 0u32;
         for my in 0..down {
             for mx in 0..across {
-                if restart > 0 && until_restart == 0 {
-                    bits.restart()?;
+                if restarts.due(bits)? {
                     parts.iter_mut().for_each(|p| p.prediction = 0);
                     zero_run = 0;
-                    until_restart = restart;
                 }
-                until_restart = until_restart.saturating_sub(1);
                 for (part, &(h, v)) in parts.iter_mut().zip(&blocks) {
                     let stride = self.frame.components[part.index].across;
                     for y in 0..v {
