@@ -23,7 +23,8 @@ pub(crate) fn run(global: &Global, args: &AskArgs) -> anyhow::Result<Outcome> {
     let history: Vec<(&str, &str)> =
         args.history.iter().map(|turn| (turn.question.as_str(), turn.answer.as_str())).collect();
     let prompt = captioner.question_prompt(&history, &args.question);
-    found.for_each_batch(&args.pictures, side, global.format, |paths, pictures| {
+    let bytes = captioner.picture_bytes(&options);
+    found.for_each_batch(&args.pictures, side, bytes, global.format, |paths, pictures| {
         let prompts = vec![prompt.as_str(); pictures.len()];
         let questions = vec![args.question.as_str(); pictures.len()];
         let answers = captioner.answer(pictures, &questions, &prompts, &options)?;

@@ -64,7 +64,8 @@ impl Call<'_> {
     fn by_second_stage(&self) -> anyhow::Result<Outcome> {
         let captioner = model::captioner(self.global, self.model)?;
         let prompt = self.args.prompt.as_deref().unwrap_or_else(|| captioner.caption_prompt());
-        self.for_each_batch(captioner.vision(), |paths, pictures| {
+        let bytes = captioner.picture_bytes(self.options);
+        self.for_each_batch(captioner.vision(), bytes, |paths, pictures| {
             let prompts = vec![prompt; pictures.len()];
             let captions = captioner.generate(pictures, &prompts, self.options)?;
             rows(paths, &captions, |c| captioner.text(c))
@@ -73,14 +74,16 @@ impl Call<'_> {
 
     fn by_first_stage(&self) -> anyhow::Result<Outcome> {
         let matcher = model::matcher(self.global, self.model)?;
-        self.for_each_batch(matcher.vision(), |paths, pictures| {
+        let bytes = matcher.picture_bytes(self.options);
+        self.for_each_batch(matcher.vision(), bytes, |paths, pictures| {
             rows(paths, &matcher.caption(pictures, self.options)?, |c| matcher.text(c))
         })
     }
 
     fn by_both(&self) -> anyhow::Result<Outcome> {
         let (captioner, matcher) = model::both(self.global, self.model)?;
-        self.for_each_batch(captioner.vision(), |paths, pictures| {
+        let bytes = captioner.picture_bytes(self.options) + matcher.picture_bytes(self.options);
+        self.for_each_batch(captioner.vision(), bytes, |paths, pictures| {
             let patches = captioner.vision().encode(pictures)?;
             let all = candidates(&captioner, &matcher, &patches, self.options)?;
             let each = |(path, candidates): (&&Path, Candidates)| {
@@ -94,10 +97,11 @@ impl Call<'_> {
     fn for_each_batch(
         &self,
         vision: &Vision,
+        bytes: usize,
         work: impl FnMut(&[&Path], &[Rgb]) -> anyhow::Result<Vec<Vec<Row>>>,
     ) -> anyhow::Result<Outcome> {
         let side = vision.config().image_size;
-        self.found.for_each_batch(&self.args.pictures, side, self.global.format, work)
+        self.found.for_each_batch(&self.args.pictures, side, bytes, self.global.format, work)
     }
 }
 

@@ -285,9 +285,9 @@ pub(crate) struct PictureArgs {
     /// Pixels exactly as transformers' PIL processor makes them: EXIF orientation ignored, 16-bit clipped
     #[arg(long, env = "BLIP2_HF_PIXELS", value_parser = FalseyValueParser::new())]
     pub(crate) hf_pixels: bool,
-    /// Pictures computed together
-    #[arg(long, env = "BLIP2_BATCH_SIZE", value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..=1024))]
-    pub(crate) batch_size: u16,
+    /// Pictures computed together [default: as many as a tenth of the model's memory has room for, 16 at most]
+    #[arg(long, env = "BLIP2_BATCH_SIZE", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) batch_size: Option<u16>,
 }
 
 #[derive(Debug, Args)]

@@ -40,7 +40,7 @@ pub(crate) enum Outcome {
 
 fn main() -> ExitCode {
     threads::one_pool();
-    memory::give_back_at_once();
+    memory::give_back_soon();
     // Wrong usage leaves through clap with code 2, `--help` with code 0.
     let cli = Cli::read(std::env::args_os()).unwrap_or_else(|err| err.exit());
     match run(&cli) {

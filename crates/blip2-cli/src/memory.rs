@@ -4,9 +4,10 @@
 //! remains would be as large as the model. And it is too short for computing: every step of a training run would have its
 //! gigabytes taken away, given back and cleared by the kernel, a quarter of its time.
 
-/// For loading, and for everything that is no arithmetic.
-pub(crate) fn give_back_at_once() {
-    set_purge_delay(0);
+/// For loading, and for everything that is no arithmetic: a hundredth of a second. At once would be too soon: memory that the next
+/// tensor takes again has to be cleared by the kernel first, which was two thirds of loading a small model.
+pub(crate) fn give_back_soon() {
+    set_purge_delay(10);
 }
 
 /// For computing: half a minute.
@@ -16,8 +17,20 @@ pub(crate) fn keep() {
 
 /// The most memory this process has held so far, in bytes; None where the system does not tell.
 pub(crate) fn peak() -> Option<u64> {
+    status("VmHWM:")
+}
+
+/// Pictures of `bytes` each that are computed together: as many as a tenth of what the process holds has room for, its model
+/// that is, or 256 MB if that is more; 16 at most, beyond which nothing gets faster.
+pub(crate) fn pictures_at_once(bytes: usize) -> usize {
+    const MOST: usize = 16;
+    let room = status("VmRSS:").map_or(0, |held| held / 10).max(256 << 20);
+    usize::try_from(room / bytes.max(1) as u64).map_or(MOST, |fitting| fitting.clamp(1, MOST))
+}
+
+fn status(field: &str) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix(field))?;
     let kilobytes: u64 = line.split_whitespace().next()?.parse().ok()?;
     Some(kilobytes * 1024)
 }
@@ -29,5 +42,19 @@ fn set_purge_delay(milliseconds: i64) {
     // SAFETY: it stores a number, atomically.
     unsafe {
         libmimalloc_sys::mi_option_set(PURGE_DELAY, milliseconds as _);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_pictures_come_in_sixteens_and_huge_ones_alone() {
+        assert_eq!(pictures_at_once(0), 16);
+        assert_eq!(pictures_at_once(1 << 20), 16);
+        assert_eq!(pictures_at_once(usize::MAX), 1);
+        // A test holds less than 2.5 GB, so that 256 MB count.
+        assert_eq!(pictures_at_once(64 << 20), 4);
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! What is wrong with one picture, or with one of the things typed, never stops the others: it becomes a [`Bad`] that
 //! keeps its place in the order. Of a batch only what the image encoder looks at is kept, a square of a few hundred
-//! pixels a side, so that eight pictures of 100 megapixels need no more memory than eight small ones.
+//! pixels a side, so that sixteen pictures of 100 megapixels need no more memory than sixteen small ones.
 
 use std::collections::HashSet;
 use std::fs::DirEntry;
@@ -15,6 +15,7 @@ use rayon::prelude::*;
 
 use crate::Outcome;
 use crate::cli::{Format, PictureArgs};
+use crate::memory;
 use crate::output::{self, Row};
 
 /// What counts as a picture when a folder is searched.
@@ -78,21 +79,23 @@ impl Found {
     }
 
     /// Reads the pictures batch by batch, resized to `side` × `side` pixels, and hands the good ones to `work`, which
-    /// gives the rows of each. Rows and failures are written in the order of the pictures. The next batch is read while
+    /// gives the rows of each. A batch is as large as was asked for, or has room if each picture takes `bytes`. Rows and failures are written in the order of the pictures. The next batch is read while
     /// one is worked on: disks and decoders need not wait for the model, nor it for them.
     pub(crate) fn for_each_batch(
         &self,
         args: &PictureArgs,
         side: usize,
+        bytes: usize,
         format: Format,
         work: impl FnMut(&[&Path], &[Rgb]) -> anyhow::Result<Vec<Vec<Row>>>,
     ) -> anyhow::Result<Outcome> {
         let pixels = pixels(args.hf_pixels);
+        let at_once = args.batch_size.map_or_else(|| memory::pictures_at_once(bytes), usize::from);
         // No room: a batch is handed over when the one before is done, so that one at a time is read ahead.
         let (ahead, batches) = sync_channel(0);
         std::thread::scope(|scope| {
             scope.spawn(move || {
-                for batch in self.0.chunks(args.batch_size.into()) {
+                for batch in self.0.chunks(at_once) {
                     let read: Vec<_> =
                         batch.par_iter().map(|each| read(each, pixels, side as u32)).collect();
                     // Nobody listens any more when `work` has failed.

@@ -32,7 +32,7 @@ pub(crate) fn run(global: &Global, args: &TrainArgs) -> anyhow::Result<Outcome> 
     }
     let stop = stop_on_signal()?;
     build_data(&recipe.data.dir, recipe.data.build)?;
-    memory::give_back_at_once();
+    memory::give_back_soon();
     let dir = run_dir(&recipe, args.out.as_ref());
     let (mut downloads, mut pictures) = (Progress::bytes(), Progress::pictures());
     let mut session = Session {

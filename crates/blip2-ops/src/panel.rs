@@ -14,6 +14,7 @@
 //! 1/65 534 of the block's largest, a hundredth of what eight bits have cost the weights.
 
 use std::borrow::Cow;
+use std::cell::Cell;
 use std::ops::Range;
 
 use rayon::prelude::*;
@@ -530,9 +531,16 @@ fn cut<'a, T>(
     cut
 }
 
-/// Rows of x in tiles: `[chunk][tile][k][row]`.
+thread_local! {
+    /// Where the rows of the last product lay, for those of the next: a new place would be cleared before it is filled.
+    static ROOM: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
+
+/// Rows of x in tiles: `[chunk][tile][k][row]`, and behind them what is left of larger ones.
 struct FloatRows {
-    values: Vec<f32>,
+    room: Vec<f32>,
+    /// How many numbers of `room` are theirs.
+    len: usize,
     n: usize,
     chunks: Vec<Range<usize>>,
     tiles: Vec<Range<usize>>,
@@ -541,11 +549,16 @@ struct FloatRows {
 impl FloatRows {
     fn new(x: &[f32], n: usize, width: usize, isa: Isa) -> Self {
         let (chunks, tiles) = (chunks(width, FLOAT_CHUNK), tiles(n, isa.float_rows()));
-        if n == 1 {
-            return Self { values: x.to_vec(), n, chunks, tiles };
+        let len = n * width;
+        let mut room = ROOM.take();
+        if room.len() < len {
+            room.resize(len, 0.0);
         }
-        let mut values = vec![0f32; n * width];
-        let places = cut(&mut values, &chunks, &tiles, 1);
+        if n == 1 {
+            room[..len].copy_from_slice(x);
+            return Self { room, len, n, chunks, tiles };
+        }
+        let places = cut(&mut room[..len], &chunks, &tiles, 1);
         let tasks = chunks.iter().flat_map(|k| tiles.iter().map(move |rows| (k, rows)));
         let fill = |(place, (k, rows)): (&mut [f32], (&Range<usize>, &Range<usize>))| {
             for (r, row) in rows.clone().enumerate() {
@@ -561,7 +574,11 @@ impl FloatRows {
         } else {
             tasks.into_par_iter().for_each(fill);
         }
-        Self { values, n, chunks, tiles }
+        Self { room, len, n, chunks, tiles }
+    }
+
+    fn values(&self) -> &[f32] {
+        &self.room[..self.len]
     }
 
     /// Adds the product with a panel to `out`; `weights` gives the panel's weights for a chunk.
@@ -569,7 +586,7 @@ impl FloatRows {
         for k in &self.chunks {
             let weights = weights(k.clone());
             for rows in &self.tiles {
-                let x = &self.values[place(self.n, k, rows, 1)];
+                let x = &self.values()[place(self.n, k, rows, 1)];
                 tile::floats(isa, x, weights, &mut out[rows.clone()]);
             }
         }
@@ -579,7 +596,7 @@ impl FloatRows {
     #[inline(always)]
     fn times_packed(&self, isa: PackedIsa, kind: IntKind, units: &[Unit], out: &mut [Row]) {
         let blocks = units.chunks_exact(kind.bytes() / 2);
-        for (x, units) in self.values.chunks_exact(kind.positions() * self.n).zip(blocks) {
+        for (x, units) in self.values().chunks_exact(kind.positions() * self.n).zip(blocks) {
             let mut block = |positions: Range<usize>, units, lies, scale, offset| {
                 let x = &x[positions.start * self.n..positions.end * self.n];
                 tile::floats_of_packed(isa, x, &Packed { units, lies, scale, offset }, out);
@@ -607,6 +624,12 @@ impl FloatRows {
                 }
             }
         }
+    }
+}
+
+impl Drop for FloatRows {
+    fn drop(&mut self) {
+        ROOM.set(std::mem::take(&mut self.room));
     }
 }
 

@@ -10,7 +10,7 @@ use blip2_ops::{Dropout, on_computing_thread};
 use candle_core::Tensor;
 
 use crate::Result;
-use crate::generate::{Hypothesis, Options, Strategy};
+use crate::generate::{Hypothesis, Options};
 use crate::model::{Captioner, Matcher, Score};
 use crate::stage1::ImageFeatures;
 
@@ -60,11 +60,7 @@ pub fn candidates(
     patches: &Tensor,
     options: &Options,
 ) -> Result<Vec<Candidates>> {
-    let num_return = match options.strategy {
-        Strategy::Beam(beam) | Strategy::BeamSample(beam, _) => beam.num_beams,
-        Strategy::Greedy | Strategy::Sample(_) => options.num_return,
-    };
-    let options = Options { num_return, ..options.clone() };
+    let options = Options { num_return: options.rows(), ..options.clone() };
     let image = on_computing_thread(|| matcher.bridge().image(patches, &Dropout::off()))?;
     let first = matcher.caption_after(image.clone(), &options)?;
     let prompts = vec![captioner.caption_prompt(); first.len()];

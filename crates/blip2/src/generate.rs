@@ -54,6 +54,17 @@ pub struct Options {
     pub eos: Vec<u32>,
 }
 
+impl Options {
+    /// Sequences computed per picture: beams, or samples.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        match self.strategy {
+            Strategy::Beam(beam) | Strategy::BeamSample(beam, _) => beam.num_beams,
+            Strategy::Greedy | Strategy::Sample(_) => self.num_return,
+        }
+    }
+}
+
 /// Which ids the repetition penalty counts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum RepetitionScope {

@@ -157,6 +157,23 @@ impl Llm {
         }
     }
 
+    /// Bytes of the keys and values that the decoder keeps of a token, its own or one of the prompt.
+    pub fn cache_bytes(&self) -> usize {
+        let (layers, width) = match self {
+            Self::Llama(llama) => {
+                let config = llama.config();
+                (config.depth, config.num_kv_heads * config.head_width)
+            }
+            Self::Opt(opt) => (opt.config().num_hidden_layers, opt.config().hidden_size),
+            Self::T5(t5) => {
+                let config = t5.config();
+                let layers = config.num_decoder_layers.unwrap_or(config.num_layers);
+                (layers, config.num_heads * config.d_kv)
+            }
+        };
+        2 * layers * width * size_of::<f32>()
+    }
+
     /// An empty cache for [`Self::hidden`].
     pub fn new_cache(&self) -> KvCaches {
         match self {

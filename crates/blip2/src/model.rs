@@ -644,6 +644,12 @@ impl Vision {
         (CACHE / widest.max(1)).max(1)
     }
 
+    /// Bytes of a picture's features.
+    #[must_use]
+    pub fn features_bytes(&self) -> usize {
+        self.config().num_tokens() * self.config().width * size_of::<f32>()
+    }
+
     /// Pictures of any size → normalised pixels (b, 3, size, size), resized as PIL does.
     ///
     /// # Errors
@@ -691,6 +697,16 @@ pub struct Captioner {
 }
 
 impl Captioner {
+    /// About as many bytes as each picture of a batch takes beside the weights: its features, what the language model keeps of
+    /// its queries and of the tokens it writes, and the scores of the next ones.
+    #[must_use]
+    pub fn picture_bytes(&self, options: &generate::Options) -> usize {
+        let queries = self.bridge.config().qformer.num_queries;
+        let tokens = queries + options.rows() * options.max_new_tokens;
+        let scores = 2 * options.rows() * self.llm.vocab_size() * size_of::<f32>();
+        self.vision.features_bytes() + tokens * self.llm.cache_bytes() + scores
+    }
+
     /// The text that a caption goes on from.
     #[must_use]
     pub fn caption_prompt(&self) -> &str {
@@ -891,6 +907,17 @@ pub struct Matcher {
 }
 
 impl Matcher {
+    /// About as many bytes as each picture of a batch takes beside the weights: its features, and what the bridge keeps of
+    /// its queries and of the tokens it writes.
+    #[must_use]
+    pub fn picture_bytes(&self, options: &generate::Options) -> usize {
+        let config = &self.bridge.config().qformer;
+        let tokens = config.num_queries + options.rows() * options.max_new_tokens;
+        let cache = 2 * config.depth * config.width * size_of::<f32>();
+        let scores = 2 * options.rows() * config.vocab_size * size_of::<f32>();
+        self.vision.features_bytes() + tokens * cache + scores
+    }
+
     /// For each picture the score of each text.
     ///
     /// # Errors

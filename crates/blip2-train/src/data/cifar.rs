@@ -131,7 +131,9 @@ pub fn cifar_100(archive: &Path) -> Result<Vec<Picture>> {
     records.iter().for_each(|record| hash.update(record));
     let found = hex(&hash.finalize());
     if found != FINE_SHA256 {
-        return Err(bad(format!("the pictures of {FINE_TEST} have SHA-256 {found}, not {FINE_SHA256}")));
+        return Err(bad(format!(
+            "the pictures of {FINE_TEST} have SHA-256 {found}, not {FINE_SHA256}"
+        )));
     }
     fine_photographs(&records, &String::from_utf8_lossy(&names)).map_err(bad)
 }
