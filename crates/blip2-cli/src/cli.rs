@@ -300,7 +300,7 @@ pub(crate) struct CaptionArgs {
     pub(crate) prompt: Option<String>,
     /// Which stage writes: the second, with its language model; the first, with its own head; or both, and the caption that fits
     /// the picture best (ITM) is taken [default: as the model's description says, else 2]
-    #[arg(long, env = "BLIP2_STAGE", value_enum)]
+    #[arg(long, env = "BLIP2_CAPTION_STAGE", value_enum)]
     pub(crate) stage: Option<StageName>,
     /// Captions per picture, best first
     #[arg(long, env = "BLIP2_NUM_CAPTIONS", value_name = "K", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]

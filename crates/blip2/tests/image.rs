@@ -348,6 +348,21 @@ fn a_damaged_png_is_told_in_words() {
     assert!(reason.contains("IHDR chunk") && !reason.contains("ChunkType"), "{reason}");
 }
 
+/// One sequential picture of 21×19 pixels, 4:2:0, its scans laid out anew by `jpegtran -scans`: a scan for each component, and
+/// one for the brightness and one for both colours with a restart marker behind every block.
+#[test]
+fn a_sequential_picture_may_come_in_several_scans() {
+    let of = |file: &[u8]| decode(file, Pixels::Hf).unwrap();
+    let one = of(include_bytes!("scans/one.jpg"));
+    assert_eq!((one.width, one.height), (21, 19));
+    for several in
+        [&include_bytes!("scans/three.jpg")[..], include_bytes!("scans/two_restarts.jpg")]
+    {
+        let several = of(several);
+        assert_eq!(several, one, "{}", difference(&several, &one));
+    }
+}
+
 #[test]
 fn a_lost_end_marker_is_forgiven_only_when_the_picture_is_whole() {
     let golden = golden();
