@@ -23,7 +23,7 @@ pub(crate) fn run(global: &Global, args: &AskArgs) -> anyhow::Result<Outcome> {
     let history: Vec<(&str, &str)> =
         args.history.iter().map(|turn| (turn.question.as_str(), turn.answer.as_str())).collect();
     let prompt = captioner.question_prompt(&history, &args.question);
-    let bytes = captioner.picture_bytes(&options);
+    let bytes = captioner.picture_bytes(&prompt, &options);
     found.for_each_batch(&args.pictures, side, bytes, global.format, |paths, pictures| {
         let prompts = vec![prompt.as_str(); pictures.len()];
         let questions = vec![args.question.as_str(); pictures.len()];

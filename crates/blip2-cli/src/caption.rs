@@ -64,7 +64,7 @@ impl Call<'_> {
     fn by_second_stage(&self) -> anyhow::Result<Outcome> {
         let captioner = model::captioner(self.global, self.model)?;
         let prompt = self.args.prompt.as_deref().unwrap_or_else(|| captioner.caption_prompt());
-        let bytes = captioner.picture_bytes(self.options);
+        let bytes = captioner.picture_bytes(prompt, self.options);
         self.for_each_batch(captioner.vision(), bytes, |paths, pictures| {
             let prompts = vec![prompt; pictures.len()];
             let captions = captioner.generate(pictures, &prompts, self.options)?;
@@ -74,7 +74,7 @@ impl Call<'_> {
 
     fn by_first_stage(&self) -> anyhow::Result<Outcome> {
         let matcher = model::matcher(self.global, self.model)?;
-        let bytes = matcher.picture_bytes(self.options);
+        let bytes = matcher.caption_bytes(self.options);
         self.for_each_batch(matcher.vision(), bytes, |paths, pictures| {
             rows(paths, &matcher.caption(pictures, self.options)?, |c| matcher.text(c))
         })
@@ -82,7 +82,9 @@ impl Call<'_> {
 
     fn by_both(&self) -> anyhow::Result<Outcome> {
         let (captioner, matcher) = model::both(self.global, self.model)?;
-        let bytes = captioner.picture_bytes(self.options) + matcher.picture_bytes(self.options);
+        let prompt = captioner.caption_prompt();
+        let bytes =
+            captioner.picture_bytes(prompt, self.options) + matcher.caption_bytes(self.options);
         self.for_each_batch(captioner.vision(), bytes, |paths, pictures| {
             let patches = captioner.vision().encode(pictures)?;
             let all = candidates(&captioner, &matcher, &patches, self.options)?;

@@ -285,7 +285,7 @@ pub(crate) struct PictureArgs {
     /// Pixels exactly as transformers' PIL processor makes them: EXIF orientation ignored, 16-bit clipped
     #[arg(long, env = "BLIP2_HF_PIXELS", value_parser = FalseyValueParser::new())]
     pub(crate) hf_pixels: bool,
-    /// Pictures computed together [default: as many as a tenth of the model's memory has room for, 16 at most]
+    /// Pictures computed together [default: as many as a tenth of the model's memory, or 256 MB, has room for, 16 at most]
     #[arg(long, env = "BLIP2_BATCH_SIZE", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) batch_size: Option<u16>,
 }
@@ -300,7 +300,7 @@ pub(crate) struct CaptionArgs {
     pub(crate) prompt: Option<String>,
     /// Which stage writes: the second, with its language model; the first, with its own head; or both, and the caption that fits
     /// the picture best (ITM) is taken [default: as the model's description says, else 2]
-    #[arg(long, env = "BLIP2_CAPTION_STAGE", value_enum)]
+    #[arg(long, env = "BLIP2_STAGE", value_enum)]
     pub(crate) stage: Option<StageName>,
     /// Captions per picture, best first
     #[arg(long, env = "BLIP2_NUM_CAPTIONS", value_name = "K", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
@@ -685,6 +685,7 @@ mod tests {
             "blip2 bench --max-new-tokens 0",
             "blip2 caption a.png --weights q5",
             "blip2 data mini --tiny 8 --packages packages",
+            "blip2 data mini --tiny 8 --cifar-100 cifar-100-binary.tar.gz",
         ] {
             let err = read(line).unwrap_err();
             assert_eq!(err.exit_code(), 2, "{line}: {err}");

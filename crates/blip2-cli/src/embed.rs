@@ -23,7 +23,7 @@ pub(crate) fn run(global: &Global, args: &EmbedArgs) -> anyhow::Result<Outcome> 
     let texts = texts::prepare(&model, &args.text)?;
     let matcher = model::matcher(global, &model)?;
     let side = matcher.vision().config().image_size;
-    let bytes = matcher.vision().features_bytes();
+    let bytes = matcher.picture_bytes();
     if args.features == FeaturesName::Multimodal {
         return found.for_each_batch(
             &args.pictures,

@@ -20,7 +20,7 @@ pub(crate) fn run(global: &Global, args: &MatchArgs) -> anyhow::Result<Outcome> 
     let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
     let matcher = model::matcher(global, &model)?;
     let side = matcher.vision().config().image_size;
-    let bytes = matcher.vision().features_bytes();
+    let bytes = matcher.picture_bytes();
     found.for_each_batch(&args.pictures, side, bytes, global.format, |paths, pictures| {
         let scores = matcher.score(pictures, &texts)?;
         Ok(paths.iter().zip(scores).map(|(path, scores)| rows(path, &args.text, scores)).collect())

@@ -1,4 +1,4 @@
-//! How long the allocator keeps memory that is free before the system gets it back.
+//! How much memory pictures may take, and how long the allocator keeps what is free before the system gets it back.
 //!
 //! Its default is a second. That is too long while a model is loaded, tensor by tensor, each through several hands: the
 //! remains would be as large as the model. And it is too short for computing: every step of a training run would have its
@@ -21,13 +21,14 @@ pub(crate) fn peak() -> Option<u64> {
 }
 
 /// Pictures of `bytes` each that are computed together: as many as a tenth of what the process holds has room for, its model
-/// that is, or 256 MB if that is more; 16 at most, beyond which nothing gets faster.
+/// that is, or 256 MB if that is more; 16 at most, where a small model's gain has become less than what two runs differ by.
 pub(crate) fn pictures_at_once(bytes: usize) -> usize {
     const MOST: usize = 16;
     let room = status("VmRSS:").map_or(0, |held| held / 10).max(256 << 20);
     usize::try_from(room / bytes.max(1) as u64).map_or(MOST, |fitting| fitting.clamp(1, MOST))
 }
 
+/// A field of what the system tells of this process, in bytes.
 fn status(field: &str) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix(field))?;

@@ -79,7 +79,8 @@ impl Found {
     }
 
     /// Reads the pictures batch by batch, resized to `side` × `side` pixels, and hands the good ones to `work`, which
-    /// gives the rows of each. A batch is as large as was asked for, or has room if each picture takes `bytes`. Rows and failures are written in the order of the pictures. The next batch is read while
+    /// gives the rows of each. A batch is as large as was asked for, or has room if each picture takes `bytes`; the first is a
+    /// quarter of that: a model need not wait long for it, nor whoever waits for the first row. Rows and failures are written in the order of the pictures. The next batch is read while
     /// one is worked on: disks and decoders need not wait for the model, nor it for them.
     pub(crate) fn for_each_batch(
         &self,
@@ -95,7 +96,8 @@ impl Found {
         let (ahead, batches) = sync_channel(0);
         std::thread::scope(|scope| {
             scope.spawn(move || {
-                for batch in self.0.chunks(at_once) {
+                let (first, rest) = self.0.split_at(at_once.div_ceil(4).min(self.0.len()));
+                for batch in std::iter::once(first).chain(rest.chunks(at_once)) {
                     let read: Vec<_> =
                         batch.par_iter().map(|each| read(each, pixels, side as u32)).collect();
                     // Nobody listens any more when `work` has failed.

@@ -195,6 +195,7 @@ fn a_tiny_model_serves_every_verb() {
     makes_data(&world);
     trains(&world);
     captions_two_hundred_pictures(&world);
+    says_the_same_in_any_batch(&world);
     finds_pictures(&world);
     reads_the_environment(&world);
     samples_alike_with_the_same_seed(&world);
@@ -266,6 +267,41 @@ fn captions_two_hundred_pictures(world: &World) {
     let ran = world.run("caption pictures/000.png pictures/001.jpg --max-new-tokens 1").exits(1);
     assert!(ran.out.starts_with("pictures/001.jpg: "), "{}", ran.out);
     assert!(ran.err.contains("pictures/000.png"), "{}", ran.err);
+}
+
+fn says_the_same_in_any_batch(world: &World) {
+    for line in [
+        "caption pictures/02* --num-beams 2 --max-new-tokens 4",
+        "caption pictures/02* --stage both --max-new-tokens 4",
+        "match pictures/02* --text a --text b",
+        "embed --image pictures/02*",
+    ] {
+        let rows = |more: &str| world.run(&format!("{line} --format jsonl {more}")).exits(1).rows();
+        let by_itself = rows("");
+        assert!(by_itself.len() >= 10, "{line}");
+        for batch in ["--batch-size 1", "--batch-size 3"] {
+            let rows = rows(batch);
+            assert_eq!(rows.len(), by_itself.len(), "{line} {batch}");
+            let differ = by_itself.iter().zip(&rows).find(|(a, b)| !alike(a, b));
+            assert_eq!(differ, None, "{line} {batch}");
+        }
+    }
+}
+
+/// Equal, numbers to a hundred-thousandth.
+fn alike(a: &Value, b: &Value) -> bool {
+    match (a, b) {
+        (Value::Number(a), Value::Number(b)) => {
+            (a.as_f64().unwrap() - b.as_f64().unwrap()).abs() < 1e-5
+        }
+        (Value::Array(a), Value::Array(b)) => {
+            a.len() == b.len() && a.iter().zip(b).all(|(a, b)| alike(a, b))
+        }
+        (Value::Object(a), Value::Object(b)) => {
+            a.len() == b.len() && a.iter().all(|(key, a)| b.get(key).is_some_and(|b| alike(a, b)))
+        }
+        _ => a == b,
+    }
 }
 
 fn finds_pictures(world: &World) {

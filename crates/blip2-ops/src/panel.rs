@@ -552,6 +552,7 @@ impl FloatRows {
         let len = n * width;
         let mut room = ROOM.take();
         if room.len() < len {
+            room.clear();
             room.resize(len, 0.0);
         }
         if n == 1 {
@@ -968,6 +969,19 @@ mod tests {
                     }
                 }
             }
+        }
+    }
+
+    #[test]
+    fn rows_lie_where_larger_ones_lay() {
+        let (wide, narrow) =
+            (Panels::f32(70, 601, |i| i as f32), Panels::f32(40, 35, |i| i as f32));
+        for n in [1, 2, 15] {
+            let x = numbers(5, n * 35);
+            let product = || narrow.product(&x, n, None, Arithmetic::Floats);
+            let alone = std::thread::scope(|scope| scope.spawn(product).join().unwrap());
+            wide.product(&numbers(6, 33 * 601), 33, None, Arithmetic::Floats);
+            same_bits("after larger rows", &product(), &alone);
         }
     }
 

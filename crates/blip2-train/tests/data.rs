@@ -8,7 +8,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use blip2_train::data::mini::{MiniConfig, build};
-use blip2_train::data::package::{self, Client, Origin, Package};
+use blip2_train::data::package::{self, Client, Origin, Package, Source};
 use blip2_train::data::{Dataset, Fault, Meta, Sample, ShardReader, ShardWriter, Tally};
 
 fn meta(caption: &str) -> Meta {
@@ -444,14 +444,17 @@ fn no_concept_is_in_two_splits_and_scenes_tell_the_truth() {
 }
 
 const NOWHERE: Package = Package {
-    name: "no-such-package",
-    version: "1.0",
+    source: Source {
+        name: "no-such-package",
+        short: "none",
+        version: "1.0",
+        licence: "none",
+        attribution: "nobody",
+    },
     client: Client::Npm,
     file: "no-such-package-1.0.tgz",
     sha256: "00",
     bytes: 1,
-    licence: "none",
-    attribution: "nobody",
 };
 
 #[test]

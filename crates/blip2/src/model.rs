@@ -645,8 +645,7 @@ impl Vision {
     }
 
     /// Bytes of a picture's features.
-    #[must_use]
-    pub fn features_bytes(&self) -> usize {
+    fn features_bytes(&self) -> usize {
         self.config().num_tokens() * self.config().width * size_of::<f32>()
     }
 
@@ -697,14 +696,16 @@ pub struct Captioner {
 }
 
 impl Captioner {
-    /// About as many bytes as each picture of a batch takes beside the weights: its features, what the language model keeps of
-    /// its queries and of the tokens it writes, and the scores of the next ones.
+    /// About as many bytes as each picture of a batch takes beside the weights: its features, what the bridge makes of them, what the
+    /// language model keeps of its queries, of the prompt and of the tokens it writes, and the scores of the next ones.
     #[must_use]
-    pub fn picture_bytes(&self, options: &generate::Options) -> usize {
-        let queries = self.bridge.config().qformer.num_queries;
-        let tokens = queries + options.rows() * options.max_new_tokens;
+    pub fn picture_bytes(&self, prompt: &str, options: &generate::Options) -> usize {
+        // A word has a byte at least for each of its tokens.
+        let before = self.bridge.config().qformer.num_queries + prompt.len();
+        let tokens = before + options.rows() * options.max_new_tokens;
         let scores = 2 * options.rows() * self.llm.vocab_size() * size_of::<f32>();
-        self.vision.features_bytes() + tokens * self.llm.cache_bytes() + scores
+        let bridge = self.bridge.config().qformer.picture_bytes(self.vision.config().num_tokens());
+        self.vision.features_bytes() + bridge + tokens * self.llm.cache_bytes() + scores
     }
 
     /// The text that a caption goes on from.
@@ -907,15 +908,22 @@ pub struct Matcher {
 }
 
 impl Matcher {
-    /// About as many bytes as each picture of a batch takes beside the weights: its features, and what the bridge keeps of
-    /// its queries and of the tokens it writes.
+    /// About as many bytes as each picture of a batch takes beside the weights: its features, and what the bridge makes of
+    /// them.
     #[must_use]
-    pub fn picture_bytes(&self, options: &generate::Options) -> usize {
+    pub fn picture_bytes(&self) -> usize {
+        self.vision.features_bytes()
+            + self.bridge.config().qformer.picture_bytes(self.vision.config().num_tokens())
+    }
+
+    /// The same where captions are written: what the bridge keeps of its queries and of the tokens, and the scores of the next ones.
+    #[must_use]
+    pub fn caption_bytes(&self, options: &generate::Options) -> usize {
         let config = &self.bridge.config().qformer;
         let tokens = config.num_queries + options.rows() * options.max_new_tokens;
         let cache = 2 * config.depth * config.width * size_of::<f32>();
         let scores = 2 * options.rows() * config.vocab_size * size_of::<f32>();
-        self.vision.features_bytes() + tokens * cache + scores
+        self.picture_bytes() + tokens * cache + scores
     }
 
     /// For each picture the score of each text.

@@ -92,6 +92,13 @@ impl QFormerConfig {
     pub fn has_cross_attention(&self, index: usize) -> bool {
         self.cross_attention_freq > 0 && index.is_multiple_of(self.cross_attention_freq)
     }
+
+    /// Bytes of the keys and values that the layers make of a picture of so many tokens.
+    #[must_use]
+    pub fn picture_bytes(&self, tokens: usize) -> usize {
+        let layers = (0..self.depth).filter(|&layer| self.has_cross_attention(layer)).count();
+        2 * layers * self.width * tokens * size_of::<f32>()
+    }
 }
 
 /// How much of a Q-Former reads text.

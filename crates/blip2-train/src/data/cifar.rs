@@ -7,13 +7,13 @@ use std::path::Path;
 
 use sha2::{Digest as _, Sha256};
 
-use super::package::{self, Package, members};
+use super::package::{self, Source, members};
 use super::shards::hex;
 use super::sources::{LeftOut, Picture, Style, count};
 use super::{paint, text};
 use crate::{Error, Result};
 
-static CIFAR: Package = package::CIFAR_10;
+static CIFAR: Source = package::CIFAR_10.source;
 
 /// What its labels 0 to 9 say.
 const CIFAR_CLASSES: [&str; 10] =
@@ -69,7 +69,7 @@ fn photographs(
         let bytes = paint::png(pixels, CIFAR_SIDE).map_err(|e| e.to_string())?;
         let phrase = text::with_article(class);
         let name = format!("data_batch_1/{i:05}");
-        out.push(Picture { package: &CIFAR, name, bytes, phrase, style: Style::Snapshot });
+        out.push(Picture { source: &CIFAR, name, bytes, phrase, style: Style::Snapshot });
     }
     match taken.iter().position(|&taken| taken < per_class) {
         Some(few) => Err(format!("{} pictures of class {}", taken[few], CIFAR_CLASSES[few])),
@@ -80,37 +80,122 @@ fn photographs(
 // ---------------------------------------------------------------------------------------------
 // CIFAR-100
 
-/// What went in of CIFAR-100: the pictures of its test file.
-pub static CIFAR_100: Package = Package {
+/// Who made CIFAR-100.
+pub static CIFAR_100: Source = Source {
     name: "cifar-100-binary",
+    short: "cifar100",
     version: "2009",
-    client: None,
-    file: "cifar-100-binary.tar.gz",
-    sha256: FINE_SHA256,
-    bytes: 168_513_733,
     licence: "none stated",
     attribution: "CIFAR-100, Alex Krizhevsky; photographs from the web",
 };
 const FINE_TEST: &str = "cifar-100-binary/test.bin";
-const FINE_NAMES: &str = "cifar-100-binary/fine_label_names.txt";
 /// A record: the coarse label, the fine one, the red pixels, the green, the blue.
 const RECORD: usize = 2 + 3 * PIXELS;
 const PIXELS: usize = (CIFAR_SIDE * CIFAR_SIDE) as usize;
 /// SHA-256 of the test file's records, sorted, without their coarse labels: whichever archive holds them.
-const FINE_SHA256: &str = "b9ad4d741ee82873becf8846c246715e789a57766586a9677a8bbe26c8b30279";
-/// Kinds under another name than the file's, underscores aside: as one would say it.
-const FINE_WORDS: [(&str, &str); 11] = [
-    ("aquarium_fish", "fish"),
-    ("cattle", "cow"),
-    ("maple", "maple tree"),
-    ("maple_tree", "maple tree"),
-    ("oak", "oak tree"),
-    ("palm", "palm tree"),
-    ("pine", "pine tree"),
-    ("plain", "field"),
-    ("ray", "stingray"),
-    ("sweet_pepper", "pepper"),
-    ("willow", "willow tree"),
+pub const FINE_SHA256: &str = "b9ad4d741ee82873becf8846c246715e789a57766586a9677a8bbe26c8b30279";
+/// What the fine labels 0 to 99 say, as one would say it: "aquarium_fish" is "fish", "cattle" is "cow".
+const FINE_CLASSES: [&str; 100] = [
+    "apple",
+    "fish",
+    "baby",
+    "bear",
+    "beaver",
+    "bed",
+    "bee",
+    "beetle",
+    "bicycle",
+    "bottle",
+    "bowl",
+    "boy",
+    "bridge",
+    "bus",
+    "butterfly",
+    "camel",
+    "can",
+    "castle",
+    "caterpillar",
+    "cow",
+    "chair",
+    "chimpanzee",
+    "clock",
+    "cloud",
+    "cockroach",
+    "couch",
+    "crab",
+    "crocodile",
+    "cup",
+    "dinosaur",
+    "dolphin",
+    "elephant",
+    "flatfish",
+    "forest",
+    "fox",
+    "girl",
+    "hamster",
+    "house",
+    "kangaroo",
+    "keyboard",
+    "lamp",
+    "lawn mower",
+    "leopard",
+    "lion",
+    "lizard",
+    "lobster",
+    "man",
+    "maple tree",
+    "motorcycle",
+    "mountain",
+    "mouse",
+    "mushroom",
+    "oak tree",
+    "orange",
+    "orchid",
+    "otter",
+    "palm tree",
+    "pear",
+    "pickup truck",
+    "pine tree",
+    "field",
+    "plate",
+    "poppy",
+    "porcupine",
+    "possum",
+    "rabbit",
+    "raccoon",
+    "stingray",
+    "road",
+    "rocket",
+    "rose",
+    "sea",
+    "seal",
+    "shark",
+    "shrew",
+    "skunk",
+    "skyscraper",
+    "snail",
+    "snake",
+    "spider",
+    "squirrel",
+    "streetcar",
+    "sunflower",
+    "pepper",
+    "table",
+    "tank",
+    "telephone",
+    "television",
+    "tiger",
+    "tractor",
+    "train",
+    "trout",
+    "tulip",
+    "turtle",
+    "wardrobe",
+    "whale",
+    "willow tree",
+    "wolf",
+    "woman",
+    "worm",
 ];
 
 /// All photographs of the test file of CIFAR-100, sorted by kind and content.
@@ -118,14 +203,13 @@ const FINE_WORDS: [(&str, &str); 11] = [
 /// # Errors
 /// The archive can't be read, or it holds other pictures.
 pub fn cifar_100(archive: &Path) -> Result<Vec<Picture>> {
-    let (mut records, mut names) = (None, None);
-    members(archive, &|name| [FINE_TEST, FINE_NAMES].contains(&name), &mut |name, bytes| {
-        *(if name == FINE_TEST { &mut records } else { &mut names }) = Some(bytes);
+    let mut records = None;
+    members(archive, &|name| name == FINE_TEST, &mut |_, bytes| {
+        records = Some(bytes);
         Ok(())
     })?;
     let bad = |what: String| Error::Data(format!("{}: {what}", archive.display()));
     let records = records.ok_or_else(|| bad(format!("no {FINE_TEST}")))?;
-    let names = names.ok_or_else(|| bad(format!("no {FINE_NAMES}")))?;
     let records = sorted(&records).map_err(bad)?;
     let mut hash = Sha256::new();
     records.iter().for_each(|record| hash.update(record));
@@ -135,12 +219,12 @@ pub fn cifar_100(archive: &Path) -> Result<Vec<Picture>> {
             "the pictures of {FINE_TEST} have SHA-256 {found}, not {FINE_SHA256}"
         )));
     }
-    fine_photographs(&records, &String::from_utf8_lossy(&names)).map_err(bad)
+    fine_photographs(&records).map_err(bad)
 }
 
 /// The records in the order of their fine label and pixels, without the coarse label.
 fn sorted(file: &[u8]) -> std::result::Result<Vec<&[u8]>, String> {
-    if file.is_empty() || file.len() % RECORD != 0 {
+    if file.is_empty() || !file.len().is_multiple_of(RECORD) {
         return Err(format!("{FINE_TEST}: {} bytes are no records of {RECORD}", file.len()));
     }
     let mut records: Vec<&[u8]> = file.chunks_exact(RECORD).map(|record| &record[1..]).collect();
@@ -149,26 +233,20 @@ fn sorted(file: &[u8]) -> std::result::Result<Vec<&[u8]>, String> {
 }
 
 /// The pictures of records without a coarse label.
-fn fine_photographs(records: &[&[u8]], names: &str) -> std::result::Result<Vec<Picture>, String> {
-    let names: Vec<&str> = names.lines().filter(|line| !line.is_empty()).collect();
+fn fine_photographs(records: &[&[u8]]) -> std::result::Result<Vec<Picture>, String> {
     let mut out = Vec::with_capacity(records.len());
     for record in records {
-        let (label, planes) = (usize::from(record[0]), &record[1..]);
-        let name = *names.get(label).ok_or_else(|| format!("label {label} of {}", names.len()))?;
+        let (label, planes) = (record[0], &record[1..]);
+        let class =
+            *FINE_CLASSES.get(usize::from(label)).ok_or_else(|| format!("label {label}"))?;
         let pixels: Vec<u8> =
             (0..PIXELS).flat_map(|i| [0, 1, 2].map(|plane| planes[plane * PIXELS + i])).collect();
         let bytes = paint::png(&pixels, CIFAR_SIDE).map_err(|e| e.to_string())?;
-        let name = format!("{name}/{}", &hex(&Sha256::digest(&pixels))[..16]);
-        let phrase = fine_phrase(names[label]);
-        out.push(Picture { package: &CIFAR_100, name, bytes, phrase, style: Style::Snapshot });
+        let name = format!("{label}/{}", hex(&Sha256::digest(&pixels)));
+        let phrase = text::with_article(class);
+        out.push(Picture { source: &CIFAR_100, name, bytes, phrase, style: Style::Snapshot });
     }
     Ok(out)
-}
-
-/// A label as a phrase: "lawn_mower" is "a lawn mower".
-fn fine_phrase(name: &str) -> String {
-    let word = FINE_WORDS.iter().find(|(from, _)| *from == name).map(|(_, to)| *to);
-    text::with_article(&word.map_or_else(|| name.replace('_', " "), str::to_owned))
 }
 
 #[cfg(test)]
@@ -214,23 +292,25 @@ mod tests {
 
     #[test]
     fn fine_records_in_any_order() {
-        let record = |label: u8, red: u8| {
-            let mut record = vec![9, label];
-            record.extend([red; PIXELS]);
-            record.extend([7; PIXELS]);
-            record.extend([8; PIXELS]);
-            record
+        // Every pixel another colour, and every picture another red.
+        let record = |coarse: u8, fine: u8, red: u8| {
+            let plane =
+                |of: fn(u8, u8) -> u8| (0..32).flat_map(move |y| (0..32).map(move |x| of(x, y)));
+            let reds = plane(|x, y| x + 3 * y).map(|value| value.wrapping_add(red));
+            let pixels = reds.chain(plane(|x, _| x)).chain(plane(|_, y| y));
+            [coarse, fine].into_iter().chain(pixels).collect::<Vec<u8>>()
         };
-        let (a, b, c) = (record(1, 5), record(0, 6), record(1, 4));
-        let names = "aquarium_fish\nlawn_mower\n";
-        let read = |file: &[u8]| fine_photographs(&sorted(file)?, names);
+        let (a, b, c) = (record(3, 41, 5), record(9, 1, 6), record(4, 41, 4));
+        let read = |file: &[u8]| fine_photographs(&sorted(file)?);
         let found = read(&[a.clone(), b.clone(), c.clone()].concat()).unwrap();
         let told: Vec<(&str, u8)> = found
             .iter()
             .map(|p| {
                 let pixels = image::load_from_memory(&p.bytes).unwrap().into_rgb8();
-                assert_eq!(pixels.get_pixel(31, 31).0[1..], [7, 8]);
-                (p.phrase.as_str(), pixels.get_pixel(0, 0).0[0])
+                assert_eq!(pixels.dimensions(), (32, 32));
+                let red = pixels.get_pixel(0, 0).0[0];
+                assert_eq!(pixels.get_pixel(30, 2).0, [red + 36, 30, 2]);
+                (p.phrase.as_str(), red)
             })
             .collect();
         assert_eq!(told, [("a fish", 6), ("a lawn mower", 4), ("a lawn mower", 5)]);
@@ -238,14 +318,23 @@ mod tests {
         assert!(again.iter().zip(&found).all(|(x, y)| x.name == y.name && x.bytes == y.bytes));
         assert!(read(&a[..100]).unwrap_err().contains("100 bytes"));
         assert!(read(&[]).is_err());
-        assert!(read(&record(2, 0)).unwrap_err().contains("label 2 of 2"));
+        assert!(read(&record(0, 100, 0)).unwrap_err().contains("label 100"));
+    }
+
+    #[test]
+    fn classes_are_phrases_with_one_article() {
+        for class in FINE_CLASSES {
+            let phrase = text::with_article(class);
+            let article = if class.starts_with(['a', 'e', 'i', 'o']) { "an" } else { "a" };
+            assert_eq!(phrase, format!("{article} {class}"));
+        }
     }
 
     #[test]
     fn another_archive_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("cifar-100-binary.tar.gz");
-        let archive = |members: &[(&str, &[u8])]| {
+        let refused = |members: &[(&str, &[u8])]| {
             let file = std::fs::File::create(&path).unwrap();
             let packed = flate2::write::GzEncoder::new(file, flate2::Compression::fast());
             let mut tar = tar::Builder::new(packed);
@@ -257,9 +346,10 @@ mod tests {
             tar.into_inner().unwrap().finish().unwrap();
             cifar_100(&path).unwrap_err().to_string()
         };
-        assert!(archive(&[]).contains("no cifar-100-binary/test.bin"));
-        assert!(archive(&[(FINE_TEST, &[0; RECORD])]).contains(FINE_NAMES));
-        let refused = archive(&[(FINE_TEST, &[0; RECORD]), (FINE_NAMES, b"apple")]);
-        assert!(refused.contains("SHA-256") && refused.contains("tar.gz"), "{refused}");
+        assert!(refused(&[]).contains("no cifar-100-binary/test.bin"));
+        let other = refused(&[(FINE_TEST, &[0; RECORD])]);
+        assert!(other.contains("SHA-256") && other.contains("tar.gz"), "{other}");
+        std::fs::write(&path, b"no archive").unwrap();
+        assert!(cifar_100(&path).unwrap_err().to_string().contains("cifar-100-binary.tar.gz"));
     }
 }

