@@ -113,6 +113,7 @@ fn described(candidate: Candidate) -> (String, Value) {
     json["stage"] = candidate.stage.into();
     json["itm"] = candidate.fit.itm.into();
     json["itc"] = candidate.fit.itc.into();
+    json["rank"] = candidate.rank().into();
     (candidate.text, json)
 }
 

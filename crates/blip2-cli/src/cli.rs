@@ -298,8 +298,8 @@ pub(crate) struct CaptionArgs {
     /// Text the caption goes on from
     #[arg(long, env = "BLIP2_PROMPT", value_name = "P")]
     pub(crate) prompt: Option<String>,
-    /// Which stage writes: the second, with its language model; the first, with its own head; or both, and the caption that fits
-    /// the picture best (ITM) is taken [default: as the model's description says, else 2]
+    /// Which stage writes: the second, with its language model; the first, with its own head; or both, and the caption that is
+    /// likely and fits the picture (ITM, ITC) is taken [default: as the model's description says, else 2]
     #[arg(long, env = "BLIP2_STAGE", value_enum)]
     pub(crate) stage: Option<StageName>,
     /// Captions per picture, best first

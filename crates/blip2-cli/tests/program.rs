@@ -576,7 +576,7 @@ fn evaluation(world: &World) -> Vec<Value> {
     run(&mut command).exits(0).rows()
 }
 
-/// Captions of both stages, the one that fits best first; a model's description may say that this is its way.
+/// Captions of both stages, the best first; a model's description may say that this is its way.
 fn chooses_from_both_stages(world: &World) {
     let ran = |line: &str| world.run(&format!("{line} --format jsonl")).exits(0).rows();
     const SEARCH: &str = "--max-new-tokens 3 --num-beams 2 --num-captions 2";
@@ -585,21 +585,25 @@ fn chooses_from_both_stages(world: &World) {
     let text = |caption: &Value| caption["text"].as_str().unwrap().to_owned();
     let (first, second, both) = (each("1"), each("2"), each("both"));
     for ((first, second), both) in first.iter().zip(&second).zip(&both) {
-        // Every caption's probability, as `match` tells it.
-        let candidates: Vec<_> =
-            captions(first).iter().chain(&captions(second)).map(text).collect();
+        // How every caption fits, as `match` tells it; two beams' scores are log-probabilities a token.
+        let written: Vec<Value> = [captions(first), captions(second)].concat();
+        let candidates: Vec<_> = written.iter().map(text).collect();
         let mut command = world.program("match --format jsonl");
         command.arg(both["image"].as_str().unwrap());
         candidates.iter().for_each(|candidate| {
             command.arg("--text").arg(candidate);
         });
         let matched = run(&mut command).exits(0).rows();
-        let scores: Vec<f64> = matched.iter().map(|row| row["itm"].as_f64().unwrap()).collect();
-        let best = scores.iter().copied().fold(f64::MIN, f64::max);
+        let of = |row: &Value, field: &str| row[field].as_f64().unwrap();
+        let ranks = written.iter().zip(&matched).map(|(caption, row)| {
+            let itm = of(row, "itm");
+            of(caption, "score") + 0.5 * (itm / (1.0 - itm)).ln() + 5.0 * of(row, "itc")
+        });
+        let best = ranks.fold(f64::MIN, f64::max);
         let chosen = captions(both);
-        let itm = |i: usize| chosen[i]["itm"].as_f64().unwrap();
-        assert!((itm(0) - best).abs() < 1e-5, "{both} of {scores:?}");
-        assert!(itm(0) >= itm(1), "{both}");
+        let rank = |i: usize| of(&chosen[i], "rank");
+        assert!((rank(0) - best).abs() < 1e-4, "{both}, not {best}");
+        assert!(rank(0) >= rank(1), "{both}");
         for caption in &chosen {
             let stage = if caption["stage"] == 1 { first } else { second };
             let written: Vec<_> = captions(stage).iter().map(text).collect();

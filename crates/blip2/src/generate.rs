@@ -164,6 +164,20 @@ pub struct Hypothesis {
     pub score: f32,
 }
 
+impl Hypothesis {
+    /// The mean log-probability of its tokens, given the options it was found with.
+    #[must_use]
+    pub fn log_probability_a_token(&self, options: &Options) -> f32 {
+        let length = self.tokens.len().max(1) as f32;
+        match options.strategy {
+            Strategy::Beam(beam) | Strategy::BeamSample(beam, _) => {
+                self.score * length.powf(beam.length_penalty - 1.0)
+            }
+            Strategy::Greedy | Strategy::Sample(_) => self.score / length,
+        }
+    }
+}
+
 /// Extends each of the `batch` prompts of `model`; per prompt `num_return` hypotheses, best first
 /// (samples: in order of their number).
 ///
