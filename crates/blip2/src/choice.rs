@@ -33,7 +33,7 @@ pub struct Candidate {
 impl Candidate {
     /// What decides: log-probability a token + half the log-odds of ITM + 5 times ITC's cosine. Each alone says less: the likeliest
     /// caption is often the blandest, and what fits best a slip of the pen. The weights were found on mini's validation
-    /// pictures, where any from a third to once of ITM's and up to twice of ITC's do as well.
+    /// pictures, where those from a third to once of ITM's and from none to twice of ITC's differ by less than three points of CIDEr-D.
     #[must_use]
     pub fn rank(&self) -> f32 {
         const ITM: f32 = 0.5;
