@@ -241,6 +241,8 @@ fn train(world: &World) -> Command {
 fn trains(world: &World) {
     let model = [json!({"model": "run/model"})];
     assert_eq!(run(&mut train(world)).exits(0).rows(), model);
+    let none = world.run("train none.toml").exits(1);
+    assert_eq!(none.err.matches("os error 2").count(), 1, "said once: {}", none.err);
     // What is there is neither overwritten nor trained again.
     run(&mut train(world)).exits(1);
     run(train(world).env("BLIP2_RESUME", "no")).exits(1);

@@ -318,7 +318,7 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     let mut file = tempfile::NamedTempFile::new_in(dir).map_err(Error::io(dir))?;
     file.write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(Error::io(path))?;
     make_readable(file.as_file()).map_err(Error::io(path))?;
-    file.persist(path).map_err(|err| Error::Io { path: path.to_path_buf(), source: err.error })?;
+    file.persist(path).map_err(|err| Error::Io { path: path.to_path_buf(), reason: err.error })?;
     sync_folder(dir)
 }
 

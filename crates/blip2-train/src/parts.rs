@@ -288,7 +288,7 @@ pub fn vision_key(model: &Model) -> Result<serde_json::Value> {
 fn earlier_manifest(dir: &Path) -> Result<Option<Manifest>> {
     match Model::open(Files::Folder(dir.to_path_buf())) {
         Ok(model) => Ok(Some(model.manifest)),
-        Err(blip2::Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => Ok(None),
+        Err(blip2::Error::Io { reason, .. }) if reason.kind() == ErrorKind::NotFound => Ok(None),
         Err(err) => Err(err.into()),
     }
 }

@@ -353,7 +353,7 @@ impl Cache {
             }
             // Some network file systems know no locks. Renames keep the cache sound; at worst work is done twice.
             Err(fs::TryLockError::Error(err)) if err.kind() == io::ErrorKind::Unsupported => {}
-            Err(fs::TryLockError::Error(err)) => return Err(Error::Io { path, source: err }),
+            Err(fs::TryLockError::Error(err)) => return Err(Error::Io { path, reason: err }),
         }
         Ok(file)
     }
