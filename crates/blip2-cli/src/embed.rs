@@ -23,30 +23,24 @@ pub(crate) fn run(global: &Global, args: &EmbedArgs) -> anyhow::Result<Outcome> 
     let texts = texts::prepare(&model, &args.text)?;
     let matcher = model::matcher(global, &model)?;
     let side = matcher.vision().config().image_size;
-    let bytes = matcher.picture_bytes();
+    let (bytes, format) = (matcher.picture_bytes(), global.format);
     if args.features == FeaturesName::Multimodal {
-        return found.for_each_batch(
-            &args.pictures,
-            side,
-            bytes,
-            global.format,
-            |paths, pictures| {
-                let mut rows: Vec<Vec<Row>> = paths.iter().map(|_| Vec::new()).collect();
-                for (typed, text) in args.text.iter().zip(&texts) {
-                    let features = matcher.multimodal_features(pictures, text)?.to_vec3::<f32>()?;
-                    for ((rows, path), each) in rows.iter_mut().zip(paths).zip(features) {
-                        rows.push(row(path, Some(typed), &each));
-                    }
+        return found.for_each_batch(&args.pictures, side, bytes, format, |paths, pictures| {
+            let mut rows: Vec<Vec<Row>> = paths.iter().map(|_| Vec::new()).collect();
+            for (typed, text) in args.text.iter().zip(&texts) {
+                let features = matcher.multimodal_features(pictures, text)?.to_vec3::<f32>()?;
+                for ((rows, path), each) in rows.iter_mut().zip(paths).zip(features) {
+                    rows.push(row(path, Some(typed), &each));
                 }
-                Ok(rows)
-            },
-        );
+            }
+            Ok(rows)
+        });
     }
     for (typed, text) in args.text.iter().zip(&texts) {
         let Row { json, text } = text_row(&matcher, args.features, typed, text)?;
         output::line(global.format, &json, &text)?;
     }
-    found.for_each_batch(&args.pictures, side, bytes, global.format, |paths, pictures| {
+    found.for_each_batch(&args.pictures, side, bytes, format, |paths, pictures| {
         let features = match args.features {
             FeaturesName::Hidden => matcher.image_features(pictures)?,
             _ => matcher.embed_images(pictures)?,

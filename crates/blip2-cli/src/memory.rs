@@ -1,6 +1,6 @@
 //! How much memory pictures may take, and how long the allocator keeps what is free before the system gets it back.
 //!
-//! Its default is a second. That is too long while a model is loaded, tensor by tensor, each through several hands: the
+//! The allocator's default is a second. That is too long while a model is loaded, tensor by tensor, each through several hands: the
 //! remains would be as large as the model. And it is too short for computing: every step of a training run would have its
 //! gigabytes taken away, given back and cleared by the kernel, a quarter of its time.
 

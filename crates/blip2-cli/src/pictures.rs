@@ -80,7 +80,8 @@ impl Found {
 
     /// Reads the pictures batch by batch, resized to `side` × `side` pixels, and hands the good ones to `work`, which
     /// gives the rows of each. A batch is as large as was asked for, or has room if each picture takes `bytes`; the first is a
-    /// quarter of that: a model need not wait long for it, nor whoever waits for the first row. Rows and failures are written in the order of the pictures. The next batch is read while
+    /// quarter of that: a model need not wait long for it, nor whoever waits for the first row. Rows and failures are
+    /// written in the order of the pictures. The next batch is read while
     /// one is worked on: disks and decoders need not wait for the model, nor it for them.
     pub(crate) fn for_each_batch(
         &self,
