@@ -3,13 +3,14 @@
     cargo build --release -p blip2-train --example bench_step
     python benches/train_step.py [--threads 2] [--steps 4] [--rounds 2] [--precision f32|bf16] [--shape mini|base]
 
-needs torch, numpy and safetensors (golden/requirements.txt). The two programs take turns; what counts is the median of each.
-Before that both losses, without dropout, must agree. bf16: mixed precision in both, in PyTorch by autocast. base: the published
+needs torch, numpy and safetensors (golden/requirements.txt). The two programs take turns, each stage in a process of its own, as
+in training; what counts is the median of each. Before that both losses, without dropout, must agree. bf16: mixed precision in both, in PyTorch by autocast. base: the published
 Q-Former behind CLIP ViT-L, 8 pictures, in front of OPT-350m.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -26,11 +27,11 @@ OPT_HEADS, OPT_DEPTH = 16, 24
 
 
 class Weights:
-    """Parameters by name below a prefix; `trained` says which get gradients."""
+    """Parameters by name; all get gradients but the language model's."""
 
-    def __init__(self, tensors, prefix, trained):
-        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix) and ".batch." not in n}
-        self.all = {n: t.clone().requires_grad_(trained(n)) for n, t in own.items()}
+    def __init__(self, tensors):
+        own = {n: t for n, t in tensors.items() if not n.startswith("batch.")}
+        self.all = {n: t.clone().requires_grad_(not n.startswith("model.")) for n, t in own.items()}
 
     def linear(self, x, name):
         return F.linear(x, self.all[name + ".weight"], self.all.get(name + ".bias"))
@@ -212,13 +213,23 @@ def take_steps(weights, loss, batch, steps, precision):
     return {"loss": value, "seconds": seconds}
 
 
-def pytorch(path, steps, precision):
-    tensors, results = load_file(path), {}
-    for stage, loss in [("stage1", stage1_loss), ("stage2", stage2_loss)]:
-        weights = Weights(tensors, stage + ".", lambda name: not name.startswith("model."))
-        batch = [tensors[f"{stage}.batch.{name}"] for name in ("patches", "ids")]
-        results[stage] = take_steps(weights, loss, (batch[0], batch[1].long()), steps, precision)
-    return results
+def pytorch(stage, path, steps, precision, threads):
+    torch.set_num_threads(threads)
+    tensors = load_file(path)
+    batch = tensors["batch.patches"], tensors["batch.ids"].long()
+    return take_steps(Weights(tensors), {1: stage1_loss, 2: stage2_loss}[stage], batch, steps, precision)
+
+
+def here(stage, path, args):
+    # The last two are what `blip2 train` sets for itself.
+    env = {**os.environ, "RAYON_NUM_THREADS": str(args.threads), "CANDLE_NUM_THREADS": "1", "MIMALLOC_PURGE_DELAY": "30000"}
+    command = [args.program, str(stage), path, str(args.steps), args.precision, args.shape]
+    return json.loads(subprocess.run(command, env=env, check=True, capture_output=True).stdout)
+
+
+def there(stage, path, args):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(pytorch, (stage, path, args.steps, args.precision, args.threads))
 
 
 def main():
@@ -230,22 +241,18 @@ def main():
     parser.add_argument("--precision", choices=["f32", "bf16"], default="f32")
     parser.add_argument("--shape", choices=["mini", "base"], default="mini")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    ours, theirs = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "step.safetensors")
-        for _ in range(args.rounds):
-            # The last two are what `blip2 train` sets for itself.
-            env = {**os.environ, "RAYON_NUM_THREADS": str(args.threads), "CANDLE_NUM_THREADS": "1", "MIMALLOC_PURGE_DELAY": "30000"}
-            out = subprocess.run([args.program, path, str(args.steps), args.precision, args.shape], env=env, check=True, capture_output=True)
-            ours.append(json.loads(out.stdout))
-            theirs.append(pytorch(path, args.steps, args.precision))
     print(f"torch {torch.__version__}, {args.threads} threads, {args.rounds} rounds of {args.steps} steps, {args.precision}, {args.shape}")
-    for stage in ("stage1", "stage2"):
-        a, b = ours[0][stage]["loss"], theirs[0][stage]["loss"]
-        assert abs(a - b) < (1e-3 if args.precision == "f32" else 1e-2) * abs(b), f"{stage}: losses differ: {a} here, {b} in PyTorch"
-        here, there = (statistics.median(s for r in rs for s in r[stage]["seconds"]) for rs in (ours, theirs))
-        print(f"{stage}: loss {a:.5f} and {b:.5f}; {here:.3f} s here, {there:.3f} s in PyTorch: {here / there:.2f} of its time")
+    for stage in (1, 2):
+        ours, theirs = [], []
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "step.safetensors")
+            for _ in range(args.rounds):
+                ours.append(here(stage, path, args))
+                theirs.append(there(stage, path, args))
+        a, b = ours[0]["loss"], theirs[0]["loss"]
+        assert abs(a - b) < (1e-3 if args.precision == "f32" else 1e-2) * abs(b), f"stage {stage}: losses differ: {a} here, {b} in PyTorch"
+        mine, other = (statistics.median(s for r in rs for s in r["seconds"]) for rs in (ours, theirs))
+        print(f"stage {stage}: loss {a:.5f} and {b:.5f}; {mine:.3f} s here, {other:.3f} s in PyTorch: {mine / other:.2f} of its time", flush=True)
 
 
 if __name__ == "__main__":

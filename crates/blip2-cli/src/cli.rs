@@ -574,6 +574,10 @@ pub(crate) struct DataMiniArgs {
     /// package registry has it; www.cs.toronto.edu/~kriz/cifar.html)
     #[arg(long, env = "BLIP2_CIFAR_100", value_name = "FILE", conflicts_with = "tiny")]
     pub(crate) cifar_100: Option<PathBuf>,
+    /// Caltech-101 as its authors give it, 101_ObjectCategories.tar.gz: larger photographs of some ninety kinds, to train on
+    /// (CC BY 4.0; doi.org/10.22002/D1.20086)
+    #[arg(long, env = "BLIP2_CALTECH_101", value_name = "FILE", conflicts_with = "tiny")]
+    pub(crate) caltech_101: Option<PathBuf>,
     /// Same seed, same bytes [default: 1]
     #[arg(long, env = "BLIP2_SEED", value_name = "N")]
     pub(crate) seed: Option<u64>,
@@ -686,6 +690,7 @@ mod tests {
             "blip2 caption a.png --weights q5",
             "blip2 data mini --tiny 8 --packages packages",
             "blip2 data mini --tiny 8 --cifar-100 cifar-100-binary.tar.gz",
+            "blip2 data mini --tiny 8 --caltech-101 101_ObjectCategories.tar.gz",
         ] {
             let err = read(line).unwrap_err();
             assert_eq!(err.exit_code(), 2, "{line}: {err}");

@@ -42,6 +42,7 @@ fn mini_config(args: &DataMiniArgs, out: &Path) -> anyhow::Result<MiniConfig> {
         }
     };
     config.cifar_100.clone_from(&args.cifar_100);
+    config.caltech_101.clone_from(&args.caltech_101);
     if let Some(seed) = args.seed {
         config.seed = seed;
     }

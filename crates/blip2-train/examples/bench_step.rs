@@ -2,12 +2,12 @@
 //! published Q-Former behind CLIP ViT-L in front of OPT-350m.
 //!
 //! ```sh
-//! cargo run --release -p blip2-train --example bench_step -- step.safetensors [STEPS [f32|bf16 [mini|base]]]
+//! cargo run --release -p blip2-train --example bench_step -- 2 step.safetensors [STEPS [f32|bf16 [mini|base]]]
 //! ```
 //!
-//! Writes weights and batch to the file, so that `benches/train_step.py`, which calls this, takes the very same step in
-//! PyTorch. Prints one JSON object: for each stage the loss without dropout, and the seconds of each step with dropout,
-//! optimiser included.
+//! One stage in a process, as in training. Writes weights and batch to the file, so that `benches/train_step.py`, which calls
+//! this, takes the very same step in PyTorch. Prints one JSON object: the loss without dropout, and the seconds of each step with
+//! dropout, optimiser included.
 
 #[global_allocator]
 static GLOBAL: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -84,6 +84,7 @@ fn shape(name: &str) -> Result<Shape> {
 
 fn main() -> Result<()> {
     let mut args = std::env::args().skip(1);
+    let stage = args.next().ok_or("give the stage, 1 or 2")?;
     let path = args.next().ok_or("give the file for weights and batch")?;
     let steps = args.next().map_or(Ok(4), |n| n.parse())?;
     let _mixed = match args.next().as_deref() {
@@ -93,10 +94,13 @@ fn main() -> Result<()> {
     };
     let shape = shape(args.next().as_deref().unwrap_or("mini"))?;
     let mut dump = HashMap::new();
-    let first = bench_stage1(&shape, steps, &mut dump)?;
-    let second = bench_stage2(&shape, steps, &mut dump)?;
+    let found = match stage.as_str() {
+        "1" => bench_stage1(&shape, steps, &mut dump)?,
+        "2" => bench_stage2(&shape, steps, &mut dump)?,
+        other => return Err(format!("stage {other}: 1 or 2").into()),
+    };
     candle_core::safetensors::save(&dump, path)?;
-    println!("{}", json!({"stage1": first, "stage2": second}));
+    println!("{found}");
     Ok(())
 }
 
@@ -121,15 +125,14 @@ fn ids(rows: usize, columns: usize, below: usize, seed: u64) -> Result<Tensor> {
 /// Keeps what the other program starts from: weights, copied since steps change them in place, and the batch.
 fn keep(
     dump: &mut HashMap<String, Tensor>,
-    stage: &str,
     weights: impl IntoIterator<Item = (String, Tensor)>,
     [patches, ids]: [&Tensor; 2],
 ) -> Result<()> {
     for (name, tensor) in weights {
-        dump.insert(format!("{stage}.{name}"), tensor.copy()?);
+        dump.insert(name, tensor.copy()?);
     }
-    dump.insert(format!("{stage}.batch.patches"), patches.clone());
-    dump.insert(format!("{stage}.batch.ids"), ids.clone());
+    dump.insert("batch.patches".into(), patches.clone());
+    dump.insert("batch.ids".into(), ids.clone());
     Ok(())
 }
 
@@ -173,7 +176,7 @@ fn bench_stage1(
     let patches = normal(&[b, p, config.qformer.encoder_width], 2, 1.0)?;
     let ids = ids(b, t, 30_000, 3)?;
     let texts = Texts { tokens: Tensor::ones((b, t), DType::U8, &Device::Cpu)?, ids: ids.clone() };
-    keep(dump, "stage1", params.to_tensors(), [&patches, &ids])?;
+    keep(dump, params.to_tensors(), [&patches, &ids])?;
     let ranks: Arc<dyn Communicator> = Arc::new(SingleProcess);
     time(&params, steps, |dropout| {
         let batch = Stage1Batch { patches: &patches, texts: &texts, image_ids: None };
@@ -214,7 +217,7 @@ fn bench_stage2(
         .into_iter()
         .map(|ids| vec![LlmText { ids, prompt_len: 0, question: Vec::new() }])
         .collect();
-    keep(dump, "stage2", params.to_tensors().into_iter().chain(weights), [&patches, &ids])?;
+    keep(dump, params.to_tensors().into_iter().chain(weights), [&patches, &ids])?;
     time(&params, steps, |dropout| stage2(&model, &llm, &patches, &texts, dropout))
 }
 

@@ -1,6 +1,6 @@
 //! The mini set: single pictures from packages and scenes composed of them, in three splits.
 //!
-//! packages → pictures with phrases → duplicates out → splits by concept (photographs of CIFAR-100 join train) → singles and scenes →
+//! packages → pictures with phrases → duplicates out → splits by concept (added photographs join train) → singles and scenes →
 //! shards.
 //! A function of (archives, config): threads only change how long it takes. Needs about 1.5 GB of memory;
 //! [`MiniConfig::tiny`] needs neither packages nor memory, its scenes are plain shapes.
@@ -13,6 +13,7 @@ use image::{RgbImage, RgbaImage};
 use rayon::prelude::*;
 use serde::Serialize;
 
+use super::caltech;
 use super::cifar;
 use super::filter::{self, Look, Split};
 use super::package::{self, Origin, Package, Source};
@@ -34,11 +35,13 @@ pub struct MiniConfig {
     pub packages: Option<Origin>,
     /// CIFAR-100 as its authors give it (`cifar-100-binary.tar.gz`): a hundred kinds of photographs more, to train on.
     pub cifar_100: Option<PathBuf>,
+    /// Caltech-101 as its authors give it (`101_ObjectCategories.tar.gz`): larger photographs of about ninety kinds, to train on.
+    pub caltech_101: Option<PathBuf>,
     /// Decides splits, scenes, backgrounds.
     pub seed: u64,
     /// Scenes per split: train, val, test.
     pub scenes: [usize; 3],
-    /// Side of the square pictures, pixels.
+    /// Side of the square pictures, longer side of whole photographs, pixels.
     pub side: u32,
     /// Samples per shard.
     pub per_shard: usize,
@@ -51,6 +54,7 @@ impl MiniConfig {
             out: out.to_path_buf(),
             packages: Some(packages),
             cifar_100: None,
+            caltech_101: None,
             seed: 1,
             scenes: [12_000, 300, 800],
             side: 256,
@@ -66,6 +70,7 @@ impl MiniConfig {
             out: out.to_path_buf(),
             packages: None,
             cifar_100: None,
+            caltech_101: None,
             seed: 1,
             scenes,
             side: 128,
@@ -81,7 +86,7 @@ pub struct PackageReport {
     pub name: String,
     /// Its version.
     pub version: String,
-    /// SHA-256 of the archive; of CIFAR-100's pictures, whichever archive they came in.
+    /// SHA-256 of the archive; of CIFAR-100's and Caltech-101's pictures, whichever archive they came in.
     pub sha256: String,
     /// The licence of its pictures.
     pub licence: String,
@@ -131,7 +136,7 @@ struct Ready {
     noun: String,
     source: &'static Source,
     style: Style,
-    /// Trimmed, at most [`CUTOUT`] px.
+    /// Trimmed, at most [`CUTOUT`] px, a whole photograph [`SNAPSHOT`].
     cutout: RgbaImage,
     /// Opaque in a rectangle: a photograph or drawing with its own background.
     framed: bool,
@@ -141,6 +146,8 @@ struct Ready {
 
 /// The longer side of a cut-out that is kept in memory.
 const CUTOUT: u32 = 208;
+/// The same of a whole photograph.
+const SNAPSHOT: u32 = 256;
 
 /// Builds the set. `say` is told what goes on.
 ///
@@ -151,14 +158,8 @@ pub fn build(config: &MiniConfig, say: &dyn Fn(&str)) -> Result<MiniReport> {
         return Err(Error::Data(format!("side {} is not in 32..=1024", config.side)));
     }
     let mut left_out = LeftOut::new();
-    // First, for it is what a user hands in.
-    let photographs = match &config.cifar_100 {
-        Some(archive) => {
-            say("reading CIFAR-100");
-            cifar::cifar_100(archive)?
-        }
-        None => Vec::new(),
-    };
+    // First, for they are what a user hands in.
+    let photographs = load_added(config, &mut left_out, say)?;
     let ready = match &config.packages {
         Some(origin) => prepare(load(origin, &mut left_out, say)?, &mut left_out, say),
         None => Vec::new(),
@@ -187,6 +188,9 @@ pub fn build(config: &MiniConfig, say: &dyn Fn(&str)) -> Result<MiniReport> {
     }
     if config.cifar_100.is_some() {
         report.packages.push(source_report(&cifar::CIFAR_100, cifar::FINE_SHA256));
+    }
+    if config.caltech_101.is_some() {
+        report.packages.push(source_report(&caltech::CALTECH_101, caltech::TAKEN_SHA256));
     }
     let known: BTreeSet<&str> =
         of_split(&ready, &splits, Split::Train).map(|r| r.noun.as_str()).collect();
@@ -288,6 +292,24 @@ fn load(origin: &Origin, left_out: &mut LeftOut, say: &dyn Fn(&str)) -> Result<V
     Ok(pictures)
 }
 
+/// The photographs that no package has.
+fn load_added(
+    config: &MiniConfig,
+    left_out: &mut LeftOut,
+    say: &dyn Fn(&str),
+) -> Result<Vec<Picture>> {
+    let mut pictures = Vec::new();
+    if let Some(archive) = &config.cifar_100 {
+        say("reading CIFAR-100");
+        pictures.extend(cifar::cifar_100(archive)?);
+    }
+    if let Some(archive) = &config.caltech_101 {
+        say("reading Caltech-101");
+        pictures.extend(caltech::caltech_101(archive, left_out)?);
+    }
+    Ok(pictures)
+}
+
 fn prepare(pictures: Vec<Picture>, left_out: &mut LeftOut, say: &dyn Fn(&str)) -> Vec<Ready> {
     say(&format!("decoding {} pictures", pictures.len()));
     let made: Vec<std::result::Result<Ready, &'static str>> =
@@ -309,7 +331,8 @@ fn prepare_one(picture: &Picture) -> std::result::Result<Ready, &'static str> {
     if w.max(h) < 24 || w.max(h) > 8 * w.min(h) {
         return Err("tiny pictures and long strips");
     }
-    let cutout = if w.max(h) > CUTOUT { paint::fit(&trimmed, CUTOUT) } else { trimmed };
+    let most = if picture.style == Style::Snapshot { SNAPSHOT } else { CUTOUT };
+    let cutout = if w.max(h) > most { paint::fit(&trimmed, most) } else { trimmed };
     let covered = paint::coverage(&cutout);
     if covered < 0.02 {
         return Err("blank pictures");
@@ -516,12 +539,12 @@ fn make(
     let (key, canvas, meta) = match job {
         Job::Single(i) => {
             let r = &ready[i];
-            // A whole photograph fills the canvas, what is cut out has a small margin.
-            let long = match r.style {
-                Style::Snapshot => config.side,
-                _ => config.side * 15 / 16,
+            // A whole photograph keeps its shape, what is cut out has a margin.
+            let canvas = match r.style {
+                Style::Snapshot => flattened(&paint::fit(&r.cutout, config.side)),
+                _ => on_white(&r.cutout, config.side, config.side * 15 / 16),
             };
-            (r.key.clone(), on_white(&r.cutout, config.side, long), single_meta(r, None))
+            (r.key.clone(), canvas, single_meta(r, None))
         }
         Job::Placed(i) => {
             let r = &ready[i];
@@ -544,7 +567,15 @@ fn make(
     Ok(Sample { key, extension: "jpg".into(), image, meta })
 }
 
-/// The whole picture, its longer side `long`, centred on white.
+/// The whole picture, what is transparent white.
+fn flattened(picture: &RgbaImage) -> RgbImage {
+    let mut canvas =
+        RgbImage::from_pixel(picture.width(), picture.height(), image::Rgb([255; 3]));
+    paint::paste(&mut canvas, picture, 0, 0);
+    canvas
+}
+
+/// The whole picture, its longer side `long`, centred on a white square.
 fn on_white(cutout: &RgbaImage, side: u32, long: u32) -> RgbImage {
     let mut canvas = RgbImage::from_pixel(side, side, image::Rgb([255; 3]));
     let fitted = paint::fit(cutout, long);

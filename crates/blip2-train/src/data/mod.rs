@@ -3,6 +3,7 @@
 //!
 //! Pictures stay encoded until somebody looks at them; nothing is ever unpacked to disk.
 
+pub mod caltech;
 pub mod cifar;
 pub mod filter;
 pub mod mini;
