@@ -3,9 +3,10 @@
     cargo build --release -p blip2-train --example bench_step
     python benches/train_step.py [--threads 2] [--steps 4] [--rounds 2] [--precision f32|bf16] [--shape mini|base]
 
-needs torch, numpy and safetensors (golden/requirements.txt). The two programs take turns, each stage in a process of its own, as
-in training; what counts is the median of each. Before that both losses, without dropout, must agree. bf16: mixed precision in both, in PyTorch by autocast. base: the published
-Q-Former behind CLIP ViT-L, 8 pictures, in front of OPT-350m.
+needs torch, numpy and safetensors (golden/requirements.txt). The two programs take turns, each stage in a process of its own, as in
+training, each side with its own allocator and torch with its own defaults; what counts is the median of each. Before that both losses,
+without dropout, must agree. bf16: mixed precision in both, in PyTorch by autocast. base: the published Q-Former behind CLIP ViT-L, 8
+pictures, in front of OPT-350m.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -224,12 +226,12 @@ def here(stage, path, args):
     # The last two are what `blip2 train` sets for itself.
     env = {**os.environ, "RAYON_NUM_THREADS": str(args.threads), "CANDLE_NUM_THREADS": "1", "MIMALLOC_PURGE_DELAY": "30000"}
     command = [args.program, str(stage), path, str(args.steps), args.precision, args.shape]
-    return json.loads(subprocess.run(command, env=env, check=True, capture_output=True).stdout)
+    return json.loads(subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE).stdout)
 
 
 def there(stage, path, args):
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(pytorch, (stage, path, args.steps, args.precision, args.threads))
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(pytorch, stage, path, args.steps, args.precision, args.threads).result()
 
 
 def main():

@@ -575,7 +575,7 @@ pub(crate) struct DataMiniArgs {
     #[arg(long, env = "BLIP2_CIFAR_100", value_name = "FILE", conflicts_with = "tiny")]
     pub(crate) cifar_100: Option<PathBuf>,
     /// Caltech-101 as its authors give it, 101_ObjectCategories.tar.gz: larger photographs of some ninety kinds, to train on
-    /// (CC BY 4.0; doi.org/10.22002/D1.20086)
+    /// (inside of caltech-101.zip, doi.org/10.22002/D1.20086)
     #[arg(long, env = "BLIP2_CALTECH_101", value_name = "FILE", conflicts_with = "tiny")]
     pub(crate) caltech_101: Option<PathBuf>,
     /// Same seed, same bytes [default: 1]

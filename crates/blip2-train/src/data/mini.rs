@@ -2,7 +2,7 @@
 //!
 //! packages → pictures with phrases → duplicates out → splits by concept (added photographs join train) → singles and scenes →
 //! shards.
-//! A function of (archives, config): threads only change how long it takes. Needs about 1.5 GB of memory;
+//! A function of (archives, config): threads only change how long it takes. Needs about 1.5 GB of memory, 2.3 with Caltech-101;
 //! [`MiniConfig::tiny`] needs neither packages nor memory, its scenes are plain shapes.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -35,7 +35,7 @@ pub struct MiniConfig {
     pub packages: Option<Origin>,
     /// CIFAR-100 as its authors give it (`cifar-100-binary.tar.gz`): a hundred kinds of photographs more, to train on.
     pub cifar_100: Option<PathBuf>,
-    /// Caltech-101 as its authors give it (`101_ObjectCategories.tar.gz`): larger photographs of about ninety kinds, to train on.
+    /// Caltech-101 as its authors give it (`101_ObjectCategories.tar.gz`): larger photographs of some ninety kinds, to train on.
     pub caltech_101: Option<PathBuf>,
     /// Decides splits, scenes, backgrounds.
     pub seed: u64,
@@ -136,7 +136,7 @@ struct Ready {
     noun: String,
     source: &'static Source,
     style: Style,
-    /// Trimmed, at most [`CUTOUT`] px, a whole photograph [`SNAPSHOT`].
+    /// Trimmed, at most [`CUTOUT`] px, a whole photograph the set's side.
     cutout: RgbaImage,
     /// Opaque in a rectangle: a photograph or drawing with its own background.
     framed: bool,
@@ -146,8 +146,6 @@ struct Ready {
 
 /// The longer side of a cut-out that is kept in memory.
 const CUTOUT: u32 = 208;
-/// The same of a whole photograph.
-const SNAPSHOT: u32 = 256;
 
 /// Builds the set. `say` is told what goes on.
 ///
@@ -161,14 +159,14 @@ pub fn build(config: &MiniConfig, say: &dyn Fn(&str)) -> Result<MiniReport> {
     // First, for they are what a user hands in.
     let photographs = load_added(config, &mut left_out, say)?;
     let ready = match &config.packages {
-        Some(origin) => prepare(load(origin, &mut left_out, say)?, &mut left_out, say),
+        Some(origin) => prepare(load(origin, &mut left_out, say)?, config.side, &mut left_out, say),
         None => Vec::new(),
     };
     let (mut ready, near) = drop_duplicates(ready, &mut left_out);
     let items: Vec<filter::Item<'_>> = ready.iter().map(item_of).collect();
     let mut splits = filter::split(&items, &near, config.seed);
     if !photographs.is_empty() {
-        let photographs = prepare(photographs, &mut left_out, say);
+        let photographs = prepare(photographs, config.side, &mut left_out, say);
         ready.extend(not_held_out(photographs, &ready, &splits, &mut left_out));
         splits.resize(ready.len(), Split::Train);
     }
@@ -310,10 +308,15 @@ fn load_added(
     Ok(pictures)
 }
 
-fn prepare(pictures: Vec<Picture>, left_out: &mut LeftOut, say: &dyn Fn(&str)) -> Vec<Ready> {
+fn prepare(
+    pictures: Vec<Picture>,
+    side: u32,
+    left_out: &mut LeftOut,
+    say: &dyn Fn(&str),
+) -> Vec<Ready> {
     say(&format!("decoding {} pictures", pictures.len()));
     let made: Vec<std::result::Result<Ready, &'static str>> =
-        pictures.into_par_iter().map(|p| prepare_one(&p)).collect();
+        pictures.into_par_iter().map(|p| prepare_one(&p, side)).collect();
     let mut ready = Vec::new();
     for item in made {
         match item {
@@ -324,14 +327,14 @@ fn prepare(pictures: Vec<Picture>, left_out: &mut LeftOut, say: &dyn Fn(&str)) -
     ready
 }
 
-fn prepare_one(picture: &Picture) -> std::result::Result<Ready, &'static str> {
+fn prepare_one(picture: &Picture, side: u32) -> std::result::Result<Ready, &'static str> {
     let decoded = paint::decode(&picture.bytes).map_err(|_| "pictures that can't be decoded")?;
     let trimmed = paint::trim(&decoded).ok_or("blank pictures")?;
     let (w, h) = trimmed.dimensions();
     if w.max(h) < 24 || w.max(h) > 8 * w.min(h) {
         return Err("tiny pictures and long strips");
     }
-    let most = if picture.style == Style::Snapshot { SNAPSHOT } else { CUTOUT };
+    let most = if picture.style == Style::Snapshot { side } else { CUTOUT };
     let cutout = if w.max(h) > most { paint::fit(&trimmed, most) } else { trimmed };
     let covered = paint::coverage(&cutout);
     if covered < 0.02 {
@@ -446,7 +449,7 @@ fn pool_of(ready: &[Ready], splits: &[Split], split: Split) -> Pool {
 /// One sample to make.
 #[derive(Clone, Copy)]
 enum Job {
-    /// Picture `usize`, on white, or filling the canvas if it is a whole photograph.
+    /// Picture `usize`, on white, or as it is if it is a whole photograph.
     Single(usize),
     /// Picture `usize`, on a background.
     Placed(usize),
@@ -569,8 +572,7 @@ fn make(
 
 /// The whole picture, what is transparent white.
 fn flattened(picture: &RgbaImage) -> RgbImage {
-    let mut canvas =
-        RgbImage::from_pixel(picture.width(), picture.height(), image::Rgb([255; 3]));
+    let mut canvas = RgbImage::from_pixel(picture.width(), picture.height(), image::Rgb([255; 3]));
     paint::paste(&mut canvas, picture, 0, 0);
     canvas
 }
@@ -668,7 +670,25 @@ mod tests {
         let source = &cifar::CIFAR_100;
         let picture =
             Picture { source, name, bytes, phrase: phrase.into(), style: Style::Snapshot };
-        prepare_one(&picture).unwrap()
+        prepare_one(&picture, 256).unwrap()
+    }
+
+    #[test]
+    fn photographs_keep_their_shape_and_square_ones_fill_a_square() {
+        let config = MiniConfig::full(Path::new("nowhere"), Origin::Folder("nowhere".into()));
+        let single = |width, height, style| {
+            let cutout =
+                RgbaImage::from_fn(width, height, |x, y| image::Rgba([x as u8, y as u8, 7, 255]));
+            let ready = [Ready { cutout, style, ..ready("a dog", 1) }];
+            let pool = Pool::new(Vec::new(), Vec::new(), Vec::new());
+            let made = make(&config, Split::Train, Job::Single(0), &ready, &pool).unwrap();
+            (image::load_from_memory(&made.image).unwrap().to_rgb8(), made.image)
+        };
+        assert_eq!(single(300, 200, Style::Snapshot).0.dimensions(), (256, 171));
+        assert_eq!(single(300, 200, Style::Photo).0.dimensions(), (256, 256));
+        let square = RgbaImage::from_fn(32, 32, |x, y| image::Rgba([x as u8, y as u8, 7, 255]));
+        let on_square = paint::jpeg(&on_white(&square, 256, 256)).unwrap();
+        assert_eq!(single(32, 32, Style::Snapshot).1, on_square);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Where single pictures come from: Tux Paint stamps, Open Clip Art, three drawings of every emoji (photographs: `cifar.rs`).
+//! Where single pictures come from: Tux Paint stamps, Open Clip Art, three drawings of every emoji (photographs: `cifar.rs`, `caltech.rs`).
 //!
 //! Each reader yields pictures as they lie in the package, with one caption phrase, and counts what it
 //! leaves out and why. Corrections by hand stand in `captions/*.tsv`: `name TAB phrase`, an empty phrase
