@@ -326,19 +326,22 @@ impl QFormer {
         Ok(few)
     }
 
-    /// Projects picture tokens (b, p, `encoder_width`) to the keys and values of every cross-attention.
+    /// Projects what `norm` makes of picture tokens (b, p, `encoder_width`) to the keys and values of every cross-attention.
+    ///
+    /// Where the tokens are constants and `norm` is trained, the gradient of every token would only be made to be summed up: there
+    /// the norm's scale and shift go into the projections.
     ///
     /// # Errors
     /// If the tokens have another width.
-    pub fn picture(&self, tokens: &Tensor) -> Result<Picture> {
-        let layers = self
-            .layers
-            .iter()
-            .map(|layer| {
-                layer.cross_attn.as_ref().map(|cross| cross.attn.project(tokens)).transpose()
-            })
-            .collect::<Result<_>>()?;
-        Ok(Picture { layers, batch: tokens.dim(0)? })
+    pub fn picture(&self, tokens: &Tensor, norm: &LayerNorm) -> Result<Picture> {
+        let inside = norm.is_trained() && !tokens.track_op();
+        let x = if inside { norm.standardise(tokens)? } else { norm.forward(tokens)? };
+        let project = |attn: &Attention| {
+            if inside { attn.project_standardised(&x, norm) } else { attn.project(&x) }
+        };
+        let cross = self.layers.iter().map(|layer| layer.cross_attn.as_ref());
+        let layers = cross.map(|cross| cross.map(|cross| project(&cross.attn)).transpose());
+        Ok(Picture { layers: layers.collect::<Result<_>>()?, batch: tokens.dim(0)? })
     }
 
     /// Queries only: → (b, q, w) and each layer's self-attention keys and values for [`Self::continue_text`].

@@ -116,7 +116,7 @@ impl Stage1 {
     /// # Errors
     /// If the width is another.
     pub fn image(&self, patches: &Tensor, dropout: &Dropout) -> Result<ImageFeatures> {
-        let picture = self.qformer.picture(&self.ln_vision.forward(patches)?)?;
+        let picture = self.qformer.picture(patches, &self.ln_vision)?;
         let (queries, caches) = self.qformer.queries(&picture, dropout)?;
         let embeds = l2_normalize(&self.vision_proj.forward(&queries)?)?;
         Ok(ImageFeatures { picture, queries, embeds, caches })

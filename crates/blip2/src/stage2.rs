@@ -66,7 +66,7 @@ impl Stage2 {
     /// # Errors
     /// If the width is another.
     pub fn soft_words(&self, patches: &Tensor, dropout: &Dropout) -> Result<Tensor> {
-        let picture = self.qformer.picture(&self.ln_vision.forward(patches)?)?;
+        let picture = self.qformer.picture(patches, &self.ln_vision)?;
         let (queries, _) = self.qformer.queries(&picture, dropout)?;
         self.llm_proj.forward(&queries)
     }
@@ -83,7 +83,7 @@ impl Stage2 {
         (ids, tokens): (&Tensor, &Tensor),
         dropout: &Dropout,
     ) -> Result<Tensor> {
-        let picture = self.qformer.picture(&self.ln_vision.forward(patches)?)?;
+        let picture = self.qformer.picture(patches, &self.ln_vision)?;
         let queries = self.qformer.pair(&picture.select(pictures)?, ids, tokens, dropout)?;
         self.llm_proj.forward(&queries)
     }

@@ -6,7 +6,7 @@
 use blip2_ops::{Dropout, Heads};
 use candle_core::Tensor;
 
-use super::{KvCache, Linear};
+use super::{KvCache, LayerNorm, Linear};
 use crate::Result;
 use crate::params::Params;
 
@@ -129,6 +129,15 @@ impl Attention {
     /// If the last dimension is not the key width.
     pub fn project(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
         Ok((self.k.forward(x)?, self.v.forward(x)?))
+    }
+
+    /// [`Self::project`] of `norm.forward(x)` for the `x` that [`LayerNorm::standardise`] made: see
+    /// [`Linear::forward_standardised`].
+    ///
+    /// # Errors
+    /// If the last dimension is not the key width.
+    pub fn project_standardised(&self, x: &Tensor, norm: &LayerNorm) -> Result<(Tensor, Tensor)> {
+        Ok((self.k.forward_standardised(x, norm)?, self.v.forward_standardised(x, norm)?))
     }
 
     /// Attention of `x` (b, t, d) to keys and values (b, s, d) that are already projected: cross-attention to a picture
