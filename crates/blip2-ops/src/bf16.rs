@@ -57,6 +57,12 @@ impl MixedPrecision {
             Self(())
         })
     }
+
+    /// Whether one is under way, begun by whomever.
+    #[must_use]
+    pub fn is_on() -> bool {
+        is_on()
+    }
 }
 
 impl Drop for MixedPrecision {

@@ -12,7 +12,7 @@
 //! Post-norm, as BERT. It knows no image encoder and no language model. Shapes: b batch, q queries, t text tokens,
 //! p picture tokens, w width.
 
-use blip2_ops::{Dropout, add};
+use blip2_ops::{Dropout, MixedPrecision, add};
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
@@ -329,12 +329,12 @@ impl QFormer {
     /// Projects what `norm` makes of picture tokens (b, p, `encoder_width`) to the keys and values of every cross-attention.
     ///
     /// Where the tokens are constants and `norm` is trained, the gradient of every token would only be made to be summed up: there
-    /// the norm's scale and shift go into the projections.
+    /// the norm's scale and shift go into the projections. Not in mixed precision, where what the norm makes is what is rounded.
     ///
     /// # Errors
     /// If the tokens have another width.
     pub fn picture(&self, tokens: &Tensor, norm: &LayerNorm) -> Result<Picture> {
-        let inside = norm.is_trained() && !tokens.track_op();
+        let inside = norm.is_trained() && !tokens.track_op() && !MixedPrecision::is_on();
         let x = if inside { norm.standardise(tokens)? } else { norm.forward(tokens)? };
         let project = |attn: &Attention| {
             if inside { attn.project_standardised(&x, norm) } else { attn.project(&x) }
