@@ -61,7 +61,7 @@ impl MixedPrecision {
     /// Whether one is under way, begun by whomever.
     #[must_use]
     pub fn is_on() -> bool {
-        is_on()
+        MIXED.load(Ordering::Relaxed) > 0
     }
 }
 
@@ -71,11 +71,6 @@ impl Drop for MixedPrecision {
             spare().clear();
         }
     }
-}
-
-/// Whether products are to be done here.
-pub(crate) fn is_on() -> bool {
-    MIXED.load(Ordering::Relaxed) > 0
 }
 
 /// The instructions, on a machine that has them.
@@ -131,7 +126,7 @@ pub(crate) struct FrozenPanels<'a> {
 impl FrozenPanels<'_> {
     /// Whether products of `n` rows with a weight `(out, width)` are worth it.
     pub(crate) fn suits(n: usize, out: usize, width: usize) -> bool {
-        is_on() && n.min(out).min(width) >= THINNEST
+        MixedPrecision::is_on() && n.min(out).min(width) >= THINNEST
     }
 
     /// `y (n, outputs) [+]= x (n, width) · weightᵀ`. The panels are nearly what is wanted.

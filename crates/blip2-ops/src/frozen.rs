@@ -417,7 +417,7 @@ pub fn frozen_linear(x: &Tensor, weight: &FrozenWeight, bias: Option<&Tensor>) -
     };
     let bias = bias.map(Tensor::detach);
     let rows = x.elem_count() / width.max(1);
-    let mixed = x.track_op() && rows >= bf16::THINNEST && bf16::is_on();
+    let mixed = x.track_op() && rows >= bf16::THINNEST && bf16::MixedPrecision::is_on();
     x.apply_op1(FrozenLinear { weight: weight.clone(), bias, arithmetic, mixed })
 }
 

@@ -38,7 +38,7 @@ pub(crate) fn product(
         return;
     }
     work::product(out.nrows(), a.ncols(), out.ncols());
-    if threads == Threads::All && bf16::is_on() && bf16::suits(&out, a, b) {
+    if threads == Threads::All && bf16::MixedPrecision::is_on() && bf16::suits(&out, a, b) {
         return bf16::product(out, output, alpha, a, b);
     }
     let work = out.nrows() * out.ncols() * a.ncols();

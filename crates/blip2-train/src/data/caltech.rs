@@ -207,22 +207,10 @@ fn sha256_of(pictures: &[Picture]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::package::write_archive;
 
     fn name(folder: &str, i: usize) -> String {
         format!("{ROOT}{folder}/image_{i:04}.jpg")
-    }
-
-    /// An archive of these members, in this order.
-    fn archive(path: &Path, members: &[(&str, &[u8])]) {
-        let file = std::fs::File::create(path).unwrap();
-        let packed = flate2::write::GzEncoder::new(file, flate2::Compression::fast());
-        let mut tar = tar::Builder::new(packed);
-        for (name, bytes) in members {
-            let mut header = tar::Header::new_gnu();
-            header.set_size(bytes.len() as u64);
-            tar.append_data(&mut header, name, *bytes).unwrap();
-        }
-        tar.into_inner().unwrap().finish().unwrap();
     }
 
     #[test]
@@ -272,7 +260,7 @@ mod tests {
         let (emu, crab) = (name("emu", 1), name("crab", 1));
         let dotted = format!("./{emu}");
         let read = |members: &[(&str, &[u8])], sha256: &str| {
-            archive(&path, members);
+            write_archive(&path, members);
             read(&path, sha256, &mut LeftOut::new())
         };
         let refused = read(&[(&emu, b"1"), (&crab, b"2")], "another").unwrap_err().to_string();
@@ -295,9 +283,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("101_ObjectCategories.tar.gz");
         let refused = |path: &Path| caltech_101(path, &mut LeftOut::new()).unwrap_err().to_string();
-        archive(&path, &[("101/emu/image_0001.jpg", b"x")]);
+        write_archive(&path, &[("101/emu/image_0001.jpg", b"x")]);
         assert!(refused(&path).contains("no pictures in 101_"));
-        archive(&path, &[("101_ObjectCategories/emu/image_0001.jpg", b"x")]);
+        write_archive(&path, &[("101_ObjectCategories/emu/image_0001.jpg", b"x")]);
         let other = refused(&path);
         assert!(other.contains("SHA-256") && other.contains("tar.gz"), "{other}");
         std::fs::write(&path, b"no archive").unwrap();
@@ -305,7 +293,10 @@ mod tests {
         assert!(refused(Path::new("caltech-101.zip")).contains("has it inside"));
         let larger = vec![0; MOST_BYTES / 4 + 1];
         let names: Vec<String> = (1..=4).map(|i| name("emu", i)).collect();
-        archive(&path, &names.iter().map(|n| (n.as_str(), larger.as_slice())).collect::<Vec<_>>());
+        write_archive(
+            &path,
+            &names.iter().map(|n| (n.as_str(), larger.as_slice())).collect::<Vec<_>>(),
+        );
         assert!(refused(&path).contains("bytes of pictures"));
     }
 }

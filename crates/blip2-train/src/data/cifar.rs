@@ -252,6 +252,7 @@ fn fine_photographs(records: &[&[u8]]) -> std::result::Result<Vec<Picture>, Stri
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::package::write_archive;
 
     #[test]
     fn a_sheet_of_photographs() {
@@ -335,15 +336,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("cifar-100-binary.tar.gz");
         let refused = |members: &[(&str, &[u8])]| {
-            let file = std::fs::File::create(&path).unwrap();
-            let packed = flate2::write::GzEncoder::new(file, flate2::Compression::fast());
-            let mut tar = tar::Builder::new(packed);
-            for (name, bytes) in members {
-                let mut header = tar::Header::new_gnu();
-                header.set_size(bytes.len() as u64);
-                tar.append_data(&mut header, name, *bytes).unwrap();
-            }
-            tar.into_inner().unwrap().finish().unwrap();
+            write_archive(&path, members);
             cifar_100(&path).unwrap_err().to_string()
         };
         assert!(refused(&[]).contains("no cifar-100-binary/test.bin"));

@@ -340,6 +340,20 @@ pub fn members(
     }
 }
 
+/// Writes what [`members`] reads: a .tar.gz of (name, bytes), in this order.
+#[cfg(test)]
+pub(super) fn write_archive(path: &Path, members: &[(&str, &[u8])]) {
+    let file = File::create(path).unwrap();
+    let packed = flate2::write::GzEncoder::new(file, flate2::Compression::fast());
+    let mut tar = tar::Builder::new(packed);
+    for (name, bytes) in members {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(bytes.len() as u64);
+        tar.append_data(&mut header, name, *bytes).unwrap();
+    }
+    tar.into_inner().unwrap().finish().unwrap();
+}
+
 /// The decompressed `data.tar` of a Debian package.
 fn deb_data(path: &Path, file: impl Read) -> Result<Vec<u8>> {
     let bad = |what: String| Error::Data(format!("{}: {what}", path.display()));
