@@ -24,7 +24,7 @@ const PANELS: usize = 8;
 /// Thinner products are not worth the packing.
 pub(crate) const THINNEST: usize = 16;
 
-/// What [`suits`] has made sure of.
+/// What `gemm` has made sure of.
 const STRIDES: &str = "bf16 products are of matrices with a contiguous dimension";
 
 /// Two bf16, that of the lower k in the lower half, of each lane of a panel.
@@ -91,14 +91,7 @@ impl Fast {
     }
 }
 
-/// Whether [`product`] can do this product, and is faster at it than f32.
-pub(crate) fn suits(out: &RowsMut<'_>, a: Rows<'_>, b: Rows<'_>) -> bool {
-    let lies_well = |matrix: Rows<'_>| matrix.col_stride() == 1 || matrix.row_stride() == 1;
-    let thinnest = out.nrows().min(out.ncols()).min(a.ncols());
-    out.col_stride() == 1 && lies_well(a) && lies_well(b) && thinnest >= THINNEST
-}
-
-/// `out (m,n) [+]= alpha * a (m,k) · b (k,n)`, which [`suits`].
+/// `out (m,n) [+]= alpha * a (m,k) · b (k,n)`; each has a contiguous dimension, out its columns.
 pub(crate) fn product(out: RowsMut<'_>, output: Output, alpha: f32, a: Rows<'_>, b: Rows<'_>) {
     product_with(Fast::detect(), out, output, alpha, a, b);
 }
@@ -124,11 +117,6 @@ pub(crate) struct FrozenPanels<'a> {
 }
 
 impl FrozenPanels<'_> {
-    /// Whether products of `n` rows with a weight `(out, width)` are worth it.
-    pub(crate) fn suits(n: usize, out: usize, width: usize) -> bool {
-        MixedPrecision::is_on() && n.min(out).min(width) >= THINNEST
-    }
-
     /// `y (n, outputs) [+]= x (n, width) · weightᵀ`. The panels are nearly what is wanted.
     pub(crate) fn forward(self, y: RowsMut<'_>, output: Output, x: Rows<'_>) {
         work::product(y.nrows(), self.width, y.ncols());
@@ -361,7 +349,7 @@ fn pack_across<const LANES: usize>(low: &[f32], high: &[f32], words: &mut Words<
 
 /// The nearest bf16, ties to even; a NaN stays one. Written so that the compiler makes vectors of it.
 #[inline(always)]
-fn bits(x: f32) -> u32 {
+pub(crate) fn bits(x: f32) -> u32 {
     let bits = x.to_bits();
     let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
     if x.is_nan() { 0x7fc0 } else { rounded }

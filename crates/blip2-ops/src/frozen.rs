@@ -16,12 +16,13 @@ use half::slice::HalfFloatSliceExt as _;
 use rayon::prelude::*;
 
 use crate::bf16::FrozenPanels;
-use crate::gemm::{self, Output, Rows, RowsMut, Threads, product};
+use crate::bf16_tiles::{self, Finish};
+use crate::gemm::{self, Output, Rows, RowsMut, Threads, Way, product};
 use crate::host::{self, Host};
 use crate::linear::{check_bias, fill_rows, out_shape};
-use crate::panel::{Arithmetic, IntKind, Panels};
+use crate::panel::{Arithmetic, IntKind, Panels, Turned};
 use crate::tile::{COLUMNS, Row};
-use crate::{bf16, quant, work};
+use crate::{quant, work};
 
 const NAME: &str = "frozen_linear";
 
@@ -417,16 +418,15 @@ pub fn frozen_linear(x: &Tensor, weight: &FrozenWeight, bias: Option<&Tensor>) -
     };
     let bias = bias.map(Tensor::detach);
     let rows = x.elem_count() / width.max(1);
-    let mixed = x.track_op() && rows >= bf16::THINNEST && bf16::MixedPrecision::is_on();
-    x.apply_op1(FrozenLinear { weight: weight.clone(), bias, arithmetic, mixed })
+    let way = if x.track_op() { Way::of(rows, width, out) } else { Way::Floats };
+    x.apply_op1(FrozenLinear { weight: weight.clone(), bias, arithmetic, way })
 }
 
 struct FrozenLinear {
     weight: FrozenWeight,
     bias: Option<Tensor>,
     arithmetic: Arithmetic,
-    /// Whether the product is one of mixed precision.
-    mixed: bool,
+    way: Way,
 }
 
 impl FrozenLinear {
@@ -436,10 +436,17 @@ impl FrozenLinear {
         let bias = self.bias.as_ref().map(|b| Host::new(NAME, b)).transpose()?;
         let bias = bias.as_deref();
         if let Store::Panels(panels) = &self.weight.inner.store
-            && !self.mixed
+            && self.way != Way::Vectors
         {
             work::product(n, width, out);
-            return Ok(panels.product(x, n, bias, self.arithmetic));
+            let Way::Tiles(amx) = self.way else {
+                return Ok(panels.product(x, n, bias, self.arithmetic));
+            };
+            let mut y = vec![0f32; n * out];
+            let y_rows = gemm::rows_mut(&mut y, n, out);
+            let finish = Finish { output: Output::Replace, alpha: 1.0, bias };
+            bf16_tiles::product(Some(amx), y_rows, finish, gemm::rows(x, n, width), panels);
+            return Ok(y);
         }
         let mut blocks = Blocks::new(&self.weight, n)?;
         if n <= FEW_ROWS {
@@ -463,9 +470,19 @@ impl FrozenLinear {
 
     fn backward(&self, dy: &[f32], n: usize) -> Result<Vec<f32>> {
         let (out, width) = self.weight.shape();
-        let mut blocks = Blocks::new(&self.weight, n)?;
         work::read(self.weight.bytes());
         let mut dx = vec![0f32; n * width];
+        if let (Store::Panels(panels), Way::Tiles(amx)) =
+            (&self.weight.inner.store, Way::of(n, out, width))
+        {
+            work::product(n, out, width);
+            let dx_rows = gemm::rows_mut(&mut dx, n, width);
+            let finish = Finish { output: Output::Replace, alpha: 1.0, bias: None };
+            let dy = gemm::rows(dy, n, out);
+            bf16_tiles::product(Some(amx), dx_rows, finish, dy, &Turned(panels));
+            return Ok(dx);
+        }
+        let mut blocks = Blocks::new(&self.weight, n)?;
         let step = blocks.reader.step();
         for first in (0..out).step_by(step) {
             let dy = gemm::columns(dy, n, out, first, step.min(out - first));
@@ -490,7 +507,7 @@ impl<'a> Blocks<'a> {
         let reader = Reader::new(weight)?;
         let (out, width) = weight.shape();
         let mixed = match &weight.inner.store {
-            Store::Panels(panels) if FrozenPanels::suits(n, out, width) => Some(panels),
+            Store::Panels(panels) if Way::of(n, out, width) == Way::Vectors => Some(panels),
             _ => None,
         };
         Ok(Self { reader, mixed, rows: Vec::new(), floats: Vec::new() })

@@ -1,8 +1,10 @@
-//! The f32 matrix product: a safe wrapper over faer; in mixed precision the large ones go to `bf16`.
+//! The f32 matrix product: a safe wrapper over faer; in mixed precision the large ones go to `bf16_tiles` or `bf16`.
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, Par};
 
+use crate::amx::Amx;
+use crate::bf16_tiles::{self, Finish, Matrix};
 pub(crate) use crate::matrix::{Output, Rows, RowsMut, columns, rows, rows_mut, split_columns};
 use crate::{bf16, work};
 
@@ -16,6 +18,27 @@ pub(crate) enum Threads {
     All,
     /// The calling thread: inside loops that are parallel already.
     One,
+}
+
+/// How a product is computed that all threads share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// In f32.
+    Floats,
+    /// In mixed precision, by tile instructions.
+    Tiles(Amx),
+    /// In mixed precision, by vector instructions.
+    Vectors,
+}
+
+impl Way {
+    /// That of a product of `m` × `k` with `k` × `n` numbers.
+    pub(crate) fn of(m: usize, k: usize, n: usize) -> Self {
+        if !bf16::MixedPrecision::is_on() || m.min(k).min(n) < bf16::THINNEST {
+            return Self::Floats;
+        }
+        Amx::detect().map_or(Self::Vectors, Self::Tiles)
+    }
 }
 
 /// `out (m,n) [+]= alpha * a (m,k) · b (k,n)`; pass `.transpose()` views as needed.
@@ -38,8 +61,15 @@ pub(crate) fn product(
         return;
     }
     work::product(out.nrows(), a.ncols(), out.ncols());
-    if threads == Threads::All && bf16::MixedPrecision::is_on() && bf16::suits(&out, a, b) {
-        return bf16::product(out, output, alpha, a, b);
+    if threads == Threads::All && lie_well(&out, a, b) {
+        match Way::of(out.nrows(), a.ncols(), out.ncols()) {
+            Way::Floats => {}
+            Way::Tiles(amx) => {
+                let finish = Finish { output, alpha, bias: None };
+                return bf16_tiles::product(Some(amx), out, finish, a, &Matrix(b));
+            }
+            Way::Vectors => return bf16::product(out, output, alpha, a, b),
+        }
     }
     let work = out.nrows() * out.ncols() * a.ncols();
     let par = match threads {
@@ -51,4 +81,10 @@ pub(crate) fn product(
         Output::Add => Accum::Add,
     };
     matmul(out, accum, a, b, alpha, par);
+}
+
+/// Whether all matrices have a contiguous dimension, as packing wants it.
+fn lie_well(out: &RowsMut<'_>, a: Rows<'_>, b: Rows<'_>) -> bool {
+    let lies_well = |matrix: Rows<'_>| matrix.col_stride() == 1 || matrix.row_stride() == 1;
+    out.col_stride() == 1 && lies_well(a) && lies_well(b)
 }

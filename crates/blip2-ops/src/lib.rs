@@ -21,7 +21,7 @@
 //! | `comm.rs` | [`Communicator`], [`all_gather`] |
 //! | `optim.rs` | [`adamw_step`], [`sum_of_squares`] |
 //! | `work.rs` | [`Work`]: what the ops computed and read, for benchmarks |
-//! | `bf16.rs` | [`MixedPrecision`]: products of factors rounded to bf16 |
+//! | `bf16.rs`, `bf16_tiles.rs`, `amx.rs` | [`MixedPrecision`]: products of factors rounded to bf16 |
 //! | `matrix.rs`, `gemm.rs`, `host.rs` | views of slices, the matrix product; borrowing tensors, threads, SIMD, `exp` |
 //!
 //! What holds for every op:
@@ -31,8 +31,10 @@
 //! - results do not depend on how threads are scheduled, and random masks not on their number.
 
 mod activation;
+mod amx;
 mod attention;
 mod bf16;
+mod bf16_tiles;
 mod cached;
 mod comm;
 mod dropout;

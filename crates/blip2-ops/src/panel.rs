@@ -19,7 +19,10 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use crate::amx::STEP;
+use crate::bf16_tiles::{self, Factor};
 use crate::host::{self, simd};
+use crate::matrix::{self, RowsMut, split_columns};
 use crate::quant::half_to_f32;
 use crate::tile::{
     self, BLOCK, COLUMNS, Floats, IntRows, Ints, Isa, Lies, PAIRS, Packed, PackedIsa, Row, Unit,
@@ -304,6 +307,20 @@ impl Panels {
         memory
     }
 
+    /// Positions `k` of a panel in f32, whole blocks, written to `memory`, which has as many, unless they lie so.
+    fn positions<'m>(&'m self, panel: usize, k: Range<usize>, memory: &'m mut [Row]) -> &'m [Row] {
+        let first = panel * self.width + k.start;
+        match &self.store {
+            Store::F32(rows) => return &rows[first..][..k.len()],
+            Store::F16(rows) => halves_of(&rows[first..][..k.len()], memory),
+            Store::Ints(kind, units) => {
+                let first = panel * units_of(*kind, self.width) + units_of(*kind, k.start);
+                unpack_floats(Isa::best(), *kind, &units[first..], memory);
+            }
+        }
+        memory
+    }
+
     /// A panel in f32: a row of columns for each k.
     fn unpacked(&self, panel: usize) -> Cow<'_, [Row]> {
         if let Store::F32(rows) = &self.store {
@@ -319,15 +336,7 @@ impl Panels {
         let span = panel * self.width..(panel + 1) * self.width;
         match &self.store {
             Store::F32(rows) => out.copy_from_slice(&rows[span]),
-            Store::F16(rows) => simd(
-                #[inline(always)]
-                |_| {
-                    let halves = rows[span].as_flattened();
-                    for (out, half) in out.as_flattened_mut().iter_mut().zip(halves) {
-                        *out = half_to_f32(*half);
-                    }
-                },
-            ),
+            Store::F16(rows) => halves_of(&rows[span], out),
             Store::Ints(kind, units) => {
                 let first = panel * (kind.row_bytes(self.width) / 2);
                 unpack_floats(Isa::best(), *kind, &units[first..], out);
@@ -358,88 +367,174 @@ impl Panels {
         if n * out == 0 {
             return Vec::new();
         }
-        if n == 1 {
-            let mut y = self.turned(isa, x, 1, arithmetic).into_flattened();
-            y.truncate(out);
-            add(&mut y, bias);
-            return y;
-        }
         let mut y = vec![0f32; n * out];
         for (i, y) in y.chunks_mut(ROWS * out).enumerate() {
             let rows = y.len() / out;
             let x = &x[i * ROWS * width..][..rows * width];
-            turn(&self.turned(isa, x, rows, arithmetic), rows, out, bias, y);
+            self.rows_times(isa, x, matrix::rows_mut(y, rows, out), bias, arithmetic);
         }
         y
     }
 
-    /// Products of `n` rows as `[panel][row][column]`: every task writes a stretch of its own.
-    fn turned(&self, isa: Isa, x: &[f32], n: usize, arithmetic: Arithmetic) -> Vec<Row> {
-        let Self { store, out, width } = self;
-        let panels = out.div_ceil(COLUMNS);
-        let mut turned = vec![[0f32; COLUMNS]; panels * n];
+    /// The product of some rows to `y`: every task writes some columns.
+    fn rows_times(
+        &self,
+        isa: Isa,
+        x: &[f32],
+        y: RowsMut<'_>,
+        bias: Option<&[f32]>,
+        arithmetic: Arithmetic,
+    ) {
+        let (n, panels) = (y.nrows(), self.out.div_ceil(COLUMNS));
+        let x = match (&self.store, arithmetic) {
+            (Store::Ints(..), Arithmetic::Integers) => {
+                Prepared::Integers(QuantisedRows::new(x, n, self.width, isa))
+            }
+            _ => Prepared::Floats(FloatRows::new(x, n, self.width, isa)),
+        };
         let tasks = (8 * rayon::current_num_threads()).min(panels);
         let per_task = panels.div_ceil(tasks);
-        let pieces = turned.par_chunks_mut(per_task * n).enumerate();
-        let each = |i: usize, out: &mut [Row], work: &mut dyn FnMut(usize, &mut [Row])| {
-            for (j, out) in out.chunks_exact_mut(n).enumerate() {
-                work(i * per_task + j, out);
-            }
-        };
-        match (store, arithmetic) {
-            (Store::F32(rows), _) => {
-                let x = FloatRows::new(x, n, *width, isa);
-                pieces.for_each(|(i, out)| {
-                    each(i, out, &mut |panel, out| {
-                        x.times(isa, |k| Floats::F32(&rows[panel * width..][k]), out);
-                    });
-                });
-            }
-            (Store::F16(rows), _) => {
-                let x = FloatRows::new(x, n, *width, isa);
-                pieces.for_each(|(i, out)| {
-                    each(i, out, &mut |panel, out| {
-                        x.times(isa, |k| Floats::F16(&rows[panel * width..][k]), out);
-                    });
-                });
-            }
-            (Store::Ints(kind, units), Arithmetic::Floats) => {
-                let x = FloatRows::new(x, n, *width, isa);
-                let per_panel = kind.row_bytes(*width) / 2;
-                let panel_of = |panel: usize| &units[panel * per_panel..][..per_panel];
-                if let Some(packed) = isa.packed(n) {
-                    pieces.for_each(|(i, out)| {
-                        each(i, out, &mut |panel, out| {
-                            isa.compile(
-                                #[inline(always)]
-                                || x.times_packed(packed, *kind, panel_of(panel), out),
-                            );
-                        });
-                    });
-                    return turned;
+        let pieces = split_columns(y, per_task * COLUMNS);
+        pieces.into_par_iter().enumerate().for_each_init(
+            || Room::new(n),
+            |room, (i, mut y)| {
+                for (j, first) in (0..y.ncols()).step_by(COLUMNS).enumerate() {
+                    let panel = i * per_task + j;
+                    room.sums.fill([0.0; COLUMNS]);
+                    self.panel_times(isa, &x, panel, room);
+                    let columns = COLUMNS.min(y.ncols() - first);
+                    let bias = bias.map(|bias| &bias[panel * COLUMNS..]);
+                    write(y.as_mut().subcols_mut(first, columns), &room.sums, bias);
                 }
-                pieces.for_each_init(
-                    || vec![[0f32; COLUMNS]; *width],
-                    |weights, (i, out)| {
-                        each(i, out, &mut |panel, out| {
-                            unpack_floats(isa, *kind, panel_of(panel), weights);
-                            x.times(isa, |k| Floats::F32(&weights[k]), out);
-                        });
-                    },
-                );
-            }
-            (Store::Ints(kind, units), Arithmetic::Integers) => {
-                let x = QuantisedRows::new(x, n, *width, isa);
-                let per_panel = kind.row_bytes(*width) / 2;
-                pieces.for_each_init(Blocks::default, |blocks, (i, out)| {
-                    each(i, out, &mut |panel, out| {
-                        x.times(isa, *kind, &units[panel * per_panel..], blocks, out);
-                    });
-                });
-            }
-        }
-        turned
+            },
+        );
     }
+
+    /// Adds the product with a panel to the sums of `room`.
+    fn panel_times(&self, isa: Isa, x: &Prepared, panel: usize, room: &mut Room) {
+        let width = self.width;
+        let units_of_panel = |kind: IntKind, units| {
+            let per_panel = kind.row_bytes(width) / 2;
+            let all: &[Unit] = units;
+            &all[panel * per_panel..][..per_panel]
+        };
+        let Room { sums, weights, blocks } = room;
+        match (&self.store, x) {
+            (Store::F32(rows), Prepared::Floats(x)) => {
+                x.times(isa, |k| Floats::F32(&rows[panel * width..][k]), sums);
+            }
+            (Store::F16(rows), Prepared::Floats(x)) => {
+                x.times(isa, |k| Floats::F16(&rows[panel * width..][k]), sums);
+            }
+            (Store::Ints(kind, units), Prepared::Floats(x)) => {
+                let units = units_of_panel(*kind, units);
+                if let Some(packed) = isa.packed(x.n) {
+                    isa.compile(
+                        #[inline(always)]
+                        || x.times_packed(packed, *kind, units, sums),
+                    );
+                    return;
+                }
+                weights.resize(width, [0.0; COLUMNS]);
+                unpack_floats(isa, *kind, units, weights);
+                x.times(isa, |k| Floats::F32(&weights[k]), sums);
+            }
+            (Store::Ints(kind, units), Prepared::Integers(x)) => {
+                let blocks = blocks.get_or_insert_default();
+                x.times(isa, *kind, units_of_panel(*kind, units), blocks, sums);
+            }
+            (_, Prepared::Integers(_)) => unreachable!("integers of x for floats"),
+        }
+    }
+}
+
+/// Rows of x as the innermost products read them.
+enum Prepared {
+    Floats(FloatRows),
+    Integers(QuantisedRows),
+}
+
+/// What a task works with.
+struct Room {
+    /// Of each row the sums of a panel.
+    sums: Vec<Row>,
+    /// A panel's weights in f32, or a chunk's as integers, where they have to be unpacked.
+    weights: Vec<Row>,
+    blocks: Option<Blocks>,
+}
+
+impl Room {
+    fn new(n: usize) -> Self {
+        Self { sums: vec![[0.0; COLUMNS]; n], weights: Vec::new(), blocks: None }
+    }
+}
+
+/// Writes the sums of a panel, with their bias, to its columns of `y`.
+fn write(y: RowsMut<'_>, sums: &[Row], bias: Option<&[f32]>) {
+    for (y, sums) in y.row_iter_mut().zip(sums) {
+        let Some(y) = y.try_as_row_major_mut() else { unreachable!("rows are contiguous") };
+        let y = y.as_slice_mut();
+        y.copy_from_slice(&sums[..y.len()]);
+        for (y, bias) in y.iter_mut().zip(bias.unwrap_or_default()) {
+            *y += bias;
+        }
+    }
+}
+
+impl Factor for Panels {
+    fn columns(&self) -> usize {
+        self.out
+    }
+
+    fn grain(&self) -> usize {
+        match self.store {
+            Store::Ints(kind, _) => kind.positions() / STEP,
+            _ => 1,
+        }
+    }
+
+    fn rows<'m>(&'m self, panel: usize, k: Range<usize>, memory: &'m mut [Row]) -> &'m [Row] {
+        self.positions(panel, k, memory)
+    }
+}
+
+/// The turned weight of panels, to multiply gradients with: k counts outputs, and columns are the weight's.
+pub(crate) struct Turned<'a>(pub(crate) &'a Panels);
+
+impl Factor for Turned<'_> {
+    fn columns(&self) -> usize {
+        self.0.width
+    }
+
+    fn rows<'m>(&'m self, panel: usize, k: Range<usize>, memory: &'m mut [Row]) -> &'m [Row] {
+        let first = panel * COLUMNS;
+        let lanes = first..self.0.width.min(first + COLUMNS);
+        let mut room = [[0f32; COLUMNS]; INT_CHUNK];
+        let mut lines = [[0f32; COLUMNS]; STEP];
+        // Where blocks are longer than a step, all of the block is unpacked for a part of it.
+        let block = match self.0.store {
+            Store::Ints(kind, _) => first / kind.positions() * kind.positions(),
+            _ => first,
+        };
+        let positions = block..lanes.end.next_multiple_of(self.0.grain() * STEP).min(self.0.width);
+        let room = &mut room[..positions.len()];
+        let rows = self.0.positions(k.start / COLUMNS, positions, room);
+        lines[..lanes.len()].copy_from_slice(&rows[first - block..][..lanes.len()]);
+        memory.copy_from_slice(&bf16_tiles::turn(&lines)[..k.len()]);
+        memory
+    }
+}
+
+/// Halves as floats.
+fn halves_of(rows: &[[u16; COLUMNS]], out: &mut [Row]) {
+    simd(
+        #[inline(always)]
+        |_| {
+            for (out, half) in out.as_flattened_mut().iter_mut().zip(rows.as_flattened()) {
+                *out = half_to_f32(*half);
+            }
+        },
+    );
 }
 
 /// The panel that `units` begin with in f32, a row of columns for each of its positions.
@@ -475,25 +570,6 @@ fn interleave<T: Copy + Default + Send>(
         }
     });
     panels
-}
-
-/// Results `[panel][row][column]` as rows `(n, out)`, with their bias.
-fn turn(turned: &[Row], n: usize, out: usize, bias: Option<&[f32]>, y: &mut [f32]) {
-    host::for_pieces(y, host::rows_per_piece(out) * out, |start, rows| {
-        for (i, row) in rows.chunks_exact_mut(out).enumerate() {
-            let results = turned[start / out + i..].iter().step_by(n);
-            for (row, results) in row.chunks_mut(COLUMNS).zip(results) {
-                row.copy_from_slice(&results[..row.len()]);
-            }
-            add(row, bias);
-        }
-    });
-}
-
-fn add(y: &mut [f32], bias: Option<&[f32]>) {
-    for (y, bias) in y.iter_mut().zip(bias.unwrap_or_default()) {
-        *y += bias;
-    }
 }
 
 /// `n` rows in tiles of at most `most`, as equal as can be.

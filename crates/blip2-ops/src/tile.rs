@@ -513,6 +513,24 @@ mod x86 {
         }
     }
 
+    /// Positions along k ahead of which a tile of many rows asks for weights and x: it works long enough on one that they
+    /// come in time, from the second-level cache.
+    const AHEAD: usize = 16;
+
+    /// The same for one row of packed integers, which come from memory.
+    const UNITS_AHEAD: usize = 64;
+
+    /// Asks for what lies `ahead` of `place`, which may be behind its end.
+    #[inline(always)]
+    fn prefetch<T>(place: &T, ahead: usize) {
+        let place: *const T = place;
+        // SAFETY: an address that is only asked for may be any.
+        #[expect(unsafe_code, reason = "a hint takes a pointer")]
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T0>(place.wrapping_add(ahead).cast());
+        }
+    }
+
     /// R rows times two vectors of columns, which differ in how weights are loaded.
     macro_rules! float_avx512 {
         ($name:ident, $weight:ty, $load:ident) => {
@@ -521,6 +539,11 @@ mod x86 {
                 let Some(out) = out.first_chunk_mut::<R>() else { return };
                 let mut sums = load_rows(out);
                 for (a, w) in a.as_chunks::<R>().0.iter().zip(w) {
+                    if R >= 8 {
+                        prefetch(w, AHEAD);
+                        prefetch(&w[w.len() / 2], AHEAD * w.len());
+                        prefetch(a, AHEAD);
+                    }
                     let (left, right) = ($load(w, 0), $load(w, 1));
                     for r in 0..R {
                         let x = _mm512_set1_ps(a[r]);
@@ -725,6 +748,9 @@ mod x86 {
             // Of the lower, then of the upper block.
             let mut totals = [[[_mm512_setzero_si512(); 2]; R]; 2];
             for (p, unit) in units.iter().enumerate() {
+                if R <= 2 {
+                    prefetch(unit, UNITS_AHEAD);
+                }
                 for half in 0..2 {
                     let both = bytes32(unit, half);
                     let low = _mm256_and_si256(both, low_half);
