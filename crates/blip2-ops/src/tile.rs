@@ -713,6 +713,9 @@ mod x86 {
             let [head, q @ ..] = units;
             let mut totals = [[_mm512_setzero_si512(); 2]; R];
             for (pairs, q) in pairs.iter().zip(q) {
+                if R <= 2 {
+                    prefetch(q, UNITS_AHEAD);
+                }
                 let left = _mm512_cvtepi8_epi16(bytes32(q, 0));
                 let right = _mm512_cvtepi8_epi16(bytes32(q, 1));
                 for r in 0..R {
