@@ -543,6 +543,9 @@ mod x86 {
                         prefetch(w, AHEAD);
                         prefetch(&w[w.len() / 2], AHEAD * w.len());
                         prefetch(a, AHEAD);
+                    } else if R <= 2 {
+                        prefetch(w, UNITS_AHEAD / 2);
+                        prefetch(&w[w.len() / 2], UNITS_AHEAD / 2 * w.len());
                     }
                     let (left, right) = ($load(w, 0), $load(w, 1));
                     for r in 0..R {
