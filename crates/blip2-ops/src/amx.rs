@@ -12,8 +12,6 @@ use crate::tile::{COLUMNS, Row};
 pub(crate) const STEP: usize = 32;
 /// Rows of a that are multiplied together, at most.
 pub(crate) const ROWS: usize = 32;
-/// Rows of a tile, at most.
-const TILE: usize = 16;
 /// Pairs of a step.
 pub(crate) const PAIRS: usize = STEP / 2;
 
@@ -45,12 +43,16 @@ impl Amx {
     }
 }
 
-/// Multiplies groups of rows with panels of columns; as long as it lives its thread's tiles are in use.
+thread_local! {
+    /// Rows for which this thread's tiles are set up; 0 where they are not.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    static SET_UP: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
+}
+
+/// Multiplies groups of rows with panels of columns; when it goes its thread's tiles are given back.
 pub(crate) struct Multiplier {
     #[cfg_attr(not(all(target_arch = "x86_64", target_os = "linux")), expect(dead_code))]
     amx: Option<Amx>,
-    /// Rows for which the tiles are set up; 0 before the first product.
-    rows: usize,
     /// Tiles belong to a thread.
     _of_this_thread: std::marker::PhantomData<*const ()>,
 }
@@ -58,11 +60,11 @@ pub(crate) struct Multiplier {
 impl Multiplier {
     /// Without `amx` the same bits come from plain Rust, far slower: for tests.
     pub(crate) fn new(amx: Option<Amx>) -> Self {
-        Self { amx, rows: 0, _of_this_thread: std::marker::PhantomData }
+        Self { amx, _of_this_thread: std::marker::PhantomData }
     }
 
     /// `out (rows, 32) += a · b`, of some steps along k: of a `[step][row]`, of b 16 pairs each. From 2 to [`ROWS`] rows.
-    pub(crate) fn add(&mut self, a: &[Line], b: &[Pairs], out: &mut [Row]) {
+    pub(crate) fn add(&self, a: &[Line], b: &[Pairs], out: &mut [Row]) {
         let rows = out.len();
         assert!((2..=ROWS).contains(&rows), "{rows} rows of tiles");
         let steps = a.len() / rows;
@@ -73,9 +75,8 @@ impl Multiplier {
             // lengths have been looked at.
             #[expect(unsafe_code, reason = "instructions chosen at run time")]
             unsafe {
-                if self.rows != rows {
+                if SET_UP.replace(rows) != rows {
                     x86::configure(rows);
-                    self.rows = rows;
                 }
                 x86::add(steps, a, b, out);
             }
@@ -88,7 +89,7 @@ impl Multiplier {
 impl Drop for Multiplier {
     fn drop(&mut self) {
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-        if self.amx.is_some() && self.rows > 0 {
+        if SET_UP.take() > 0 {
             // SAFETY: this thread has set the tiles up.
             #[expect(unsafe_code, reason = "tiles are given back by an instruction")]
             unsafe {
@@ -132,10 +133,10 @@ fn plain(a: &[Line], b: &[Pairs], out: &mut [Row]) {
     }
 }
 
-/// Numbers too small to be normal are zero.
+/// Numbers too small to be normal are zero, with their sign.
 #[inline(always)]
 pub(crate) fn flushed(x: f32) -> f32 {
-    if x.is_subnormal() { 0.0 } else { x }
+    if x.is_subnormal() { 0f32.copysign(x) } else { x }
 }
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
@@ -143,8 +144,15 @@ mod x86 {
     use std::arch::asm;
     use std::arch::x86_64::__cpuid_count;
 
-    use super::{Line, Pairs, TILE};
+    use super::{Line, PAIRS, Pairs};
     use crate::tile::Row;
+
+    /// Rows of a tile, at most.
+    const TILE: usize = 16;
+    // What `add` says in numbers.
+    const _: () = assert!(size_of::<Line>() == 64 && size_of::<Pairs>() == 128);
+    const _: () = assert!(size_of::<Row>() == 128 && PAIRS == TILE);
+    const _: () = assert!(size_of::<Configuration>() == 64);
 
     /// Whether tiles of bf16 can be multiplied, and the system keeps them for this process' threads, as it has to be asked to.
     pub(super) fn permitted() -> bool {

@@ -1,6 +1,6 @@
 //! Large products of factors rounded to bf16, by tile instructions (`amx.rs`): mixed precision on processors that have them.
 //!
-//! Both factors are packed as the instructions read them: all rows of a, and of b some panels of 32 columns at a time, the next
+//! Both factors are packed as the instructions read them: some hundred rows of a, and of b some panels of 32 columns at a time, the next
 //! part of k while tiles multiply this one. An output is a sum over k in one order, whatever the threads and the other rows.
 
 use std::cell::Cell;
@@ -21,7 +21,7 @@ const PANELS: usize = 4;
 /// Rows that are packed together.
 const MOST_ROWS: usize = 512;
 
-/// What `gemm` has made sure of.
+/// What callers have made sure of.
 const STRIDES: &str = "products of tiles are of matrices with a contiguous dimension";
 
 /// The right factor of a product: k positions of so many columns.
@@ -33,7 +33,7 @@ pub(crate) trait Factor: Sync {
         1
     }
 
-    /// Positions `k` of panel `panel`: a row of columns each, those that are missing 0. They are written to `memory`, which has as
+    /// Positions `k` of panel `panel`, in the calling thread: a row of columns each, those that are missing 0. They are written to `memory`, which has as
     /// many, unless they lie so.
     fn rows<'m>(&'m self, panel: usize, k: Range<usize>, memory: &'m mut [Row]) -> &'m [Row];
 }
@@ -44,7 +44,7 @@ pub(crate) struct Finish<'a> {
     pub(crate) output: Output,
     /// They are multiplied with.
     pub(crate) alpha: f32,
-    /// Added to each row.
+    /// Added to each row that is replaced.
     pub(crate) bias: Option<&'a [f32]>,
 }
 
@@ -152,11 +152,11 @@ impl Scratch {
         loop {
             self.pairs.swap(0, 1);
             let next = all.next();
-            let mut multiplier = Multiplier::new(amx);
+            let multiplier = Multiplier::new(amx);
             for (g, group) in a.groups.iter().enumerate() {
                 let lines = a.lines(&k, group);
                 for (i, panel) in panels.clone().enumerate() {
-                    self.add(&mut multiplier, i, steps_of(&k), lines, group);
+                    self.add(&multiplier, i, steps_of(&k), lines, group);
                     // Tiles multiply while the next chunk is packed.
                     if let Some(next) = &next {
                         let steps = share(steps_of(next), b.grain(), g, a.groups.len());
@@ -172,7 +172,7 @@ impl Scratch {
     /// Adds the product of a group with panel `i`.
     fn add(
         &mut self,
-        multiplier: &mut Multiplier,
+        multiplier: &Multiplier,
         i: usize,
         steps: usize,
         a: &[Line],
@@ -534,7 +534,8 @@ mod tests {
     /// Of all kinds of numbers, those too small to be normal and those that are none among them.
     #[test]
     fn instructions_give_the_bits_of_plain_rust() {
-        let odd = [0.0, -0.0, 1e-41, f32::MIN_POSITIVE, 3e-38, 1e-34, 1e30, -7.25, 1.0 / 3.0];
+        let odd =
+            [0.0, -0.0, 1e-41, -1e-41, f32::MIN_POSITIVE, 3e-38, 1e-34, 1e30, -7.25, 1.0 / 3.0];
         for sizes in SIZES {
             let [m, k, n] = sizes;
             let mut a = numbers(m * k, 5);

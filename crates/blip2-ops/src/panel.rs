@@ -454,12 +454,13 @@ enum Prepared {
     Integers(QuantisedRows),
 }
 
-/// What a task works with.
+/// What tasks work with, one after the other.
 struct Room {
     /// Of each row the sums of a panel.
     sums: Vec<Row>,
-    /// A panel's weights in f32, or a chunk's as integers, where they have to be unpacked.
+    /// A panel's weights in f32, where they have to be unpacked.
     weights: Vec<Row>,
+    /// The same as integers, a chunk at a time.
     blocks: Option<Blocks>,
 }
 
@@ -488,8 +489,8 @@ impl Factor for Panels {
 
     fn grain(&self) -> usize {
         match self.store {
-            Store::Ints(kind, _) => kind.positions() / STEP,
-            _ => 1,
+            Store::Ints(..) => INT_CHUNK / STEP,
+            Store::F32(_) | Store::F16(_) => 1,
         }
     }
 
@@ -509,15 +510,14 @@ impl Factor for Turned<'_> {
     fn rows<'m>(&'m self, panel: usize, k: Range<usize>, memory: &'m mut [Row]) -> &'m [Row] {
         let first = panel * COLUMNS;
         let lanes = first..self.0.width.min(first + COLUMNS);
-        let mut room = [[0f32; COLUMNS]; INT_CHUNK];
         let mut lines = [[0f32; COLUMNS]; STEP];
         // Where blocks are longer than a step, all of the block is unpacked for a part of it.
-        let block = match self.0.store {
-            Store::Ints(kind, _) => first / kind.positions() * kind.positions(),
-            _ => first,
+        let (block, step) = match self.0.store {
+            Store::Ints(kind, _) => (first / kind.positions() * kind.positions(), kind.positions()),
+            Store::F32(_) | Store::F16(_) => (first, STEP),
         };
-        let positions = block..lanes.end.next_multiple_of(self.0.grain() * STEP).min(self.0.width);
-        let room = &mut room[..positions.len()];
+        let positions = block..self.0.width.min(block + step);
+        let room = &mut vec![[0f32; COLUMNS]; positions.len()];
         let rows = self.0.positions(k.start / COLUMNS, positions, room);
         lines[..lanes.len()].copy_from_slice(&rows[first - block..][..lanes.len()]);
         memory.copy_from_slice(&bf16_tiles::turn(&lines)[..k.len()]);

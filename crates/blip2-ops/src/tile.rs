@@ -517,8 +517,8 @@ mod x86 {
     /// come in time, from the second-level cache.
     const AHEAD: usize = 16;
 
-    /// The same for one row of packed integers, which come from memory.
-    const UNITS_AHEAD: usize = 64;
+    /// The same for one or two rows, whose weights come from memory: in units of 64 bytes.
+    const FEW_AHEAD: usize = 64;
 
     /// Asks for what lies `ahead` of `place`, which may be behind its end.
     #[inline(always)]
@@ -544,8 +544,8 @@ mod x86 {
                         prefetch(&w[w.len() / 2], AHEAD * w.len());
                         prefetch(a, AHEAD);
                     } else if R <= 2 {
-                        prefetch(w, UNITS_AHEAD / 2);
-                        prefetch(&w[w.len() / 2], UNITS_AHEAD / 2 * w.len());
+                        prefetch(w, FEW_AHEAD / 2);
+                        prefetch(&w[w.len() / 2], FEW_AHEAD / 2 * w.len());
                     }
                     let (left, right) = ($load(w, 0), $load(w, 1));
                     for r in 0..R {
@@ -717,7 +717,7 @@ mod x86 {
             let mut totals = [[_mm512_setzero_si512(); 2]; R];
             for (pairs, q) in pairs.iter().zip(q) {
                 if R <= 2 {
-                    prefetch(q, UNITS_AHEAD);
+                    prefetch(q, FEW_AHEAD);
                 }
                 let left = _mm512_cvtepi8_epi16(bytes32(q, 0));
                 let right = _mm512_cvtepi8_epi16(bytes32(q, 1));
@@ -755,7 +755,7 @@ mod x86 {
             let mut totals = [[[_mm512_setzero_si512(); 2]; R]; 2];
             for (p, unit) in units.iter().enumerate() {
                 if R <= 2 {
-                    prefetch(unit, UNITS_AHEAD);
+                    prefetch(unit, FEW_AHEAD);
                 }
                 for half in 0..2 {
                     let both = bytes32(unit, half);
