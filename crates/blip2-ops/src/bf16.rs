@@ -24,7 +24,7 @@ const PANELS: usize = 8;
 /// Thinner products are not worth the packing.
 pub(crate) const THINNEST: usize = 16;
 
-/// What `gemm` has made sure of.
+/// What callers have made sure of.
 const STRIDES: &str = "bf16 products are of matrices with a contiguous dimension";
 
 /// Two bf16, that of the lower k in the lower half, of each lane of a panel.
@@ -450,14 +450,14 @@ mod x86 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use half::bf16;
 
     use super::*;
     use crate::matrix;
     use crate::panel::Panels;
 
-    fn numbers(n: usize, seed: u32) -> Vec<f32> {
+    pub(crate) fn numbers(n: usize, seed: u32) -> Vec<f32> {
         let mut state = seed;
         let mut next = || {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);

@@ -303,7 +303,9 @@ impl Panels {
         }
         memory.resize(range.len() * self.width, [0.0; COLUMNS]);
         let panels = memory.par_chunks_mut(self.width.max(1)).zip(range);
-        panels.for_each(|(rows, panel)| self.unpack(panel, rows));
+        panels.for_each(|(rows, panel)| {
+            self.positions(panel, 0..self.width, rows);
+        });
         memory
     }
 
@@ -314,8 +316,8 @@ impl Panels {
             Store::F32(rows) => return &rows[first..][..k.len()],
             Store::F16(rows) => halves_of(&rows[first..][..k.len()], memory),
             Store::Ints(kind, units) => {
-                let first = panel * units_of(*kind, self.width) + units_of(*kind, k.start);
-                unpack_floats(Isa::best(), *kind, &units[first..], memory);
+                let units = units_of_panel(*kind, self.width, units, panel);
+                unpack_floats(Isa::best(), *kind, &units[units_of(*kind, k.start)..], memory);
             }
         }
         memory
@@ -327,21 +329,8 @@ impl Panels {
             return Cow::Borrowed(&rows[panel * self.width..(panel + 1) * self.width]);
         }
         let mut unpacked = vec![[0f32; COLUMNS]; self.width];
-        self.unpack(panel, &mut unpacked);
+        self.positions(panel, 0..self.width, &mut unpacked);
         Cow::Owned(unpacked)
-    }
-
-    /// The same to `out`, `width` rows.
-    fn unpack(&self, panel: usize, out: &mut [Row]) {
-        let span = panel * self.width..(panel + 1) * self.width;
-        match &self.store {
-            Store::F32(rows) => out.copy_from_slice(&rows[span]),
-            Store::F16(rows) => halves_of(&rows[span], out),
-            Store::Ints(kind, units) => {
-                let first = panel * (kind.row_bytes(self.width) / 2);
-                unpack_floats(Isa::best(), *kind, &units[first..], out);
-            }
-        }
     }
 
     /// `x (n, in) · weightᵀ + bias (out)` → `(n, out)`.
@@ -413,11 +402,6 @@ impl Panels {
     /// Adds the product with a panel to the sums of `room`.
     fn panel_times(&self, isa: Isa, x: &Prepared, panel: usize, room: &mut Room) {
         let width = self.width;
-        let units_of_panel = |kind: IntKind, units| {
-            let per_panel = kind.row_bytes(width) / 2;
-            let all: &[Unit] = units;
-            &all[panel * per_panel..][..per_panel]
-        };
         let Room { sums, weights, blocks } = room;
         match (&self.store, x) {
             (Store::F32(rows), Prepared::Floats(x)) => {
@@ -427,7 +411,7 @@ impl Panels {
                 x.times(isa, |k| Floats::F16(&rows[panel * width..][k]), sums);
             }
             (Store::Ints(kind, units), Prepared::Floats(x)) => {
-                let units = units_of_panel(*kind, units);
+                let units = units_of_panel(*kind, width, units, panel);
                 if let Some(packed) = isa.packed(x.n) {
                     isa.compile(
                         #[inline(always)]
@@ -441,7 +425,7 @@ impl Panels {
             }
             (Store::Ints(kind, units), Prepared::Integers(x)) => {
                 let blocks = blocks.get_or_insert_default();
-                x.times(isa, *kind, units_of_panel(*kind, units), blocks, sums);
+                x.times(isa, *kind, units_of_panel(*kind, width, units, panel), blocks, sums);
             }
             (_, Prepared::Integers(_)) => unreachable!("integers of x for floats"),
         }
@@ -887,6 +871,12 @@ impl Blocks {
         );
         &self.0[..blocks]
     }
+}
+
+/// Those of a panel `width` long.
+fn units_of_panel(kind: IntKind, width: usize, units: &[Unit], panel: usize) -> &[Unit] {
+    let per_panel = units_of(kind, width);
+    &units[panel * per_panel..][..per_panel]
 }
 
 /// Units of `positions` along k.
