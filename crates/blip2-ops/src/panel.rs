@@ -34,8 +34,14 @@ const FLOAT_CHUNK: usize = 512;
 const INT_CHUNK: usize = 256;
 const CHUNK_BLOCKS: usize = INT_CHUNK / BLOCK;
 
+/// Positions along k that a line of memory holds in f32.
+const PER_LINE: usize = 16;
+
 /// Rows of x that are worked on together: a chunk of them fits the second-level cache.
 const ROWS: usize = 320;
+
+/// Panels that are worked on together, so that a chunk of x is read from the second-level cache for all of them.
+const GROUP: usize = 4;
 
 /// What products with quantised weights are made of; those with floats are always made of floats.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -385,50 +391,54 @@ impl Panels {
         let per_task = panels.div_ceil(tasks);
         let pieces = split_columns(y, per_task * COLUMNS);
         pieces.into_par_iter().enumerate().for_each_init(
-            || Room::new(n),
-            |room, (i, mut y)| {
-                for (j, first) in (0..y.ncols()).step_by(COLUMNS).enumerate() {
-                    let panel = i * per_task + j;
+            || Room::new(n * per_task.min(GROUP)),
+            |room, (i, y)| {
+                for (j, y) in split_columns(y, GROUP * COLUMNS).into_iter().enumerate() {
+                    let first = i * per_task + j * GROUP;
+                    let group = first..first + y.ncols().div_ceil(COLUMNS);
                     room.sums.fill([0.0; COLUMNS]);
-                    self.panel_times(isa, &x, panel, room);
-                    let columns = COLUMNS.min(y.ncols() - first);
-                    let bias = bias.map(|bias| &bias[panel * COLUMNS..]);
-                    write(y.as_mut().subcols_mut(first, columns), &room.sums, bias);
+                    self.group_times(isa, &x, group.clone(), room);
+                    let columns = split_columns(y, COLUMNS).into_iter();
+                    for ((y, panel), sums) in columns.zip(group).zip(room.sums.chunks_exact(n)) {
+                        write(y, sums, bias.map(|bias| &bias[panel * COLUMNS..]));
+                    }
                 }
             },
         );
     }
 
-    /// Adds the product with a panel to the sums of `room`.
-    fn panel_times(&self, isa: Isa, x: &Prepared, panel: usize, room: &mut Room) {
-        let width = self.width;
-        let Room { sums, weights, blocks } = room;
+    /// Adds the products with the panels of `group` to the sums of `room`.
+    fn group_times(&self, isa: Isa, x: &Prepared, group: Range<usize>, room: &mut Room) {
+        let (width, behind) = (self.width, self.behind(group.end));
         match (&self.store, x) {
             (Store::F32(rows), Prepared::Floats(x)) => {
-                x.times(isa, |k| Floats::F32(&rows[panel * width..][k]), sums);
+                let weights = |panel, k| Floats::F32(&rows[panel * width..][..width][k]);
+                x.times(isa, group, behind, weights, &mut room.sums);
             }
             (Store::F16(rows), Prepared::Floats(x)) => {
-                x.times(isa, |k| Floats::F16(&rows[panel * width..][k]), sums);
+                let weights = |panel, k| Floats::F16(&rows[panel * width..][..width][k]);
+                x.times(isa, group, behind, weights, &mut room.sums);
             }
             (Store::Ints(kind, units), Prepared::Floats(x)) => {
-                let units = units_of_panel(*kind, width, units, panel);
-                if let Some(packed) = isa.packed(x.n) {
-                    isa.compile(
-                        #[inline(always)]
-                        || x.times_packed(packed, *kind, units, sums),
-                    );
-                    return;
+                for (panel, sums) in group.zip(room.sums.chunks_exact_mut(x.n)) {
+                    let units = units_of_panel(*kind, width, units, panel);
+                    x.times_unpacked(isa, *kind, units, &mut room.weights, sums);
                 }
-                weights.resize(width, [0.0; COLUMNS]);
-                unpack_floats(isa, *kind, units, weights);
-                x.times(isa, |k| Floats::F32(&weights[k]), sums);
             }
             (Store::Ints(kind, units), Prepared::Integers(x)) => {
-                let blocks = blocks.get_or_insert_default();
-                x.times(isa, *kind, units_of_panel(*kind, width, units, panel), blocks, sums);
+                let blocks = room.blocks.get_or_insert_default();
+                for (panel, sums) in group.zip(room.sums.chunks_exact_mut(x.n)) {
+                    let units = units_of_panel(*kind, width, units, panel);
+                    x.times(isa, *kind, units, blocks, sums);
+                }
             }
             (_, Prepared::Integers(_)) => unreachable!("integers of x for floats"),
         }
+    }
+
+    /// `panel`, if there is one.
+    fn behind(&self, panel: usize) -> Option<usize> {
+        (panel * COLUMNS < self.out).then_some(panel)
     }
 }
 
@@ -440,7 +450,7 @@ enum Prepared {
 
 /// What tasks work with, one after the other.
 struct Room {
-    /// Of each row the sums of a panel.
+    /// Of each panel of a group the sums of each row.
     sums: Vec<Row>,
     /// A panel's weights in f32, where they have to be unpacked.
     weights: Vec<Row>,
@@ -449,8 +459,8 @@ struct Room {
 }
 
 impl Room {
-    fn new(n: usize) -> Self {
-        Self { sums: vec![[0.0; COLUMNS]; n], weights: Vec::new(), blocks: None }
+    fn new(sums: usize) -> Self {
+        Self { sums: vec![[0.0; COLUMNS]; sums], weights: Vec::new(), blocks: None }
     }
 }
 
@@ -622,10 +632,14 @@ impl FloatRows {
         let places = cut(&mut room[..len], &chunks, &tiles, 1);
         let tasks = chunks.iter().flat_map(|k| tiles.iter().map(move |rows| (k, rows)));
         let fill = |(place, (k, rows)): (&mut [f32], (&Range<usize>, &Range<usize>))| {
-            for (r, row) in rows.clone().enumerate() {
-                let row = &x[row * width..][k.clone()];
-                for (out, x) in place.chunks_exact_mut(rows.len()).zip(row) {
-                    out[r] = *x;
+            // Strip by strip: rows are read side by side, so that their lines arrive together.
+            let strips = place.chunks_mut(PER_LINE * rows.len()).zip(k.clone().step_by(PER_LINE));
+            for (strip, first) in strips {
+                for (r, row) in rows.clone().enumerate() {
+                    let row = &x[row * width..][first..k.end];
+                    for (out, x) in strip.chunks_exact_mut(rows.len()).zip(row) {
+                        out[r] = *x;
+                    }
                 }
             }
         };
@@ -642,15 +656,55 @@ impl FloatRows {
         &self.room[..self.len]
     }
 
-    /// Adds the product with a panel to `out`; `weights` gives the panel's weights for a chunk.
-    fn times<'w>(&self, isa: Isa, weights: impl Fn(Range<usize>) -> Floats<'w>, out: &mut [Row]) {
-        for k in &self.chunks {
-            let weights = weights(k.clone());
-            for rows in &self.tiles {
+    /// Adds the products with the panels of `group` to their sums in `out`; `weights` gives those of a panel for a chunk.
+    /// Meanwhile the weights that come next are asked for, at last those of the panel `behind`.
+    fn times<'w>(
+        &self,
+        isa: Isa,
+        group: Range<usize>,
+        behind: Option<usize>,
+        weights: impl Fn(usize, Range<usize>) -> Floats<'w>,
+        out: &mut [Row],
+    ) {
+        let panels = || group.clone().zip(0..);
+        let parts = self.chunks.iter().flat_map(|k| panels().map(move |panel| (k, panel)));
+        let mut parts = parts.peekable();
+        while let Some((k, (panel, i))) = parts.next() {
+            let here = weights(panel, k.clone());
+            let next = match (parts.peek(), behind) {
+                // A tile alone takes its weights as fast as memory gives them: there is nothing to ask for meanwhile.
+                _ if self.tiles.len() == 1 => Floats::NONE,
+                (Some((k, (panel, _))), _) => weights(*panel, (*k).clone()),
+                (None, Some(panel)) => weights(panel, self.chunks[0].clone()),
+                (None, None) => Floats::NONE,
+            };
+            let out = &mut out[i * self.n..][..self.n];
+            for (t, rows) in self.tiles.iter().enumerate() {
                 let x = &self.values()[place(self.n, k, rows, 1)];
-                tile::floats(isa, x, weights, &mut out[rows.clone()]);
+                tile::floats(isa, x, here, next.part(t, self.tiles.len()), &mut out[rows.clone()]);
             }
         }
+    }
+
+    /// Adds the product with the panel of `units` to `out`. `weights` is room for it in f32.
+    fn times_unpacked(
+        &self,
+        isa: Isa,
+        kind: IntKind,
+        units: &[Unit],
+        weights: &mut Vec<Row>,
+        out: &mut [Row],
+    ) {
+        if let Some(packed) = isa.packed(self.n) {
+            isa.compile(
+                #[inline(always)]
+                || self.times_packed(packed, kind, units, out),
+            );
+            return;
+        }
+        weights.resize(self.len / self.n, [0.0; COLUMNS]);
+        unpack_floats(isa, kind, units, weights);
+        self.times(isa, 0..1, None, |_, k| Floats::F32(&weights[k]), out);
     }
 
     /// [`Self::times`] without unpacking first, for so few rows that they are one tile: the same to the bit.

@@ -113,6 +113,19 @@ pub(crate) enum Floats<'a> {
     F16(&'a [[u16; COLUMNS]]),
 }
 
+impl<'a> Floats<'a> {
+    pub(crate) const NONE: Self = Self::F32(&[]);
+
+    /// Of `count` parts, as equal as can be, that with number `i`.
+    pub(crate) fn part(self, i: usize, count: usize) -> Self {
+        let part = |len: usize| i * len / count..(i + 1) * len / count;
+        match self {
+            Self::F32(rows) => Self::F32(&rows[part(rows.len())]),
+            Self::F16(rows) => Self::F16(&rows[part(rows.len())]),
+        }
+    }
+}
+
 /// A block of quantised weights: integers, and what turns them into numbers.
 pub(crate) struct Ints {
     /// Of each pair of positions, each column's two weights.
@@ -128,13 +141,14 @@ impl Ints {
         Self { q: [[0; 2 * COLUMNS]; PAIRS], scale: [0.0; COLUMNS], offset: [0.0; COLUMNS] };
 }
 
-/// `out (R, 32) += a (k, R) · w (k, 32)`; `a` lies k by k. At most [`Isa::float_rows`] rows.
-pub(crate) fn floats(isa: Isa, a: &[f32], w: Floats<'_>, out: &mut [Row]) {
+/// `out (R, 32) += a (k, R) · w (k, 32)`; `a` lies k by k. At most [`Isa::float_rows`] rows. `next` is what will be multiplied
+/// soon; memory is asked for it meanwhile.
+pub(crate) fn floats(isa: Isa, a: &[f32], w: Floats<'_>, next: Floats<'_>, out: &mut [Row]) {
     match isa.0 {
         // SAFETY: `available` has asked the processor for these instructions.
         #[cfg(target_arch = "x86_64")]
         #[expect(unsafe_code, reason = "instructions chosen at run time")]
-        Set::Avx512 => unsafe { x86::floats_avx512(a, w, out) },
+        Set::Avx512 => unsafe { x86::floats_avx512(a, w, next, out) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         #[expect(unsafe_code, reason = "instructions chosen at run time")]
@@ -350,13 +364,15 @@ mod x86 {
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    pub(super) fn floats_avx512(a: &[f32], w: Floats<'_>, out: &mut [Row]) {
+    pub(super) fn floats_avx512(a: &[f32], w: Floats<'_>, next: Floats<'_>, out: &mut [Row]) {
         match w {
             Floats::F32(w) => {
-                by_rows!(out.len(), f32_avx512(a, w, out); 1 2 3 4 5 6 7 8 9 10 11 12 13 14);
+                let next = if let Floats::F32(next) = next { next } else { &[] };
+                by_rows!(out.len(), f32_avx512(a, w, next, out); 1 2 3 4 5 6 7 8 9 10 11 12 13 14);
             }
             Floats::F16(w) => {
-                by_rows!(out.len(), f16_avx512(a, w, out); 1 2 3 4 5 6 7 8 9 10 11 12 13 14);
+                let next = if let Floats::F16(next) = next { next } else { &[] };
+                by_rows!(out.len(), f16_avx512(a, w, next, out); 1 2 3 4 5 6 7 8 9 10 11 12 13 14);
             }
         }
     }
@@ -517,8 +533,35 @@ mod x86 {
     /// come in time, from the second-level cache.
     const AHEAD: usize = 16;
 
+    /// Positions along k between which a tile asks for a part of what comes next.
+    const STRIP: usize = 8;
+
+    /// Bytes that memory gives at once.
+    const LINE: usize = 64;
+
     /// The same for one or two rows, whose weights come from memory: in units of 64 bytes.
     const FEW_AHEAD: usize = 64;
+
+    /// Asks for all of the row that lies `ahead` of `row`, which may be behind their end.
+    #[inline(always)]
+    fn ask<T>(row: &[T; 32], ahead: usize) {
+        for line in row.chunks(LINE / size_of::<T>()) {
+            prefetch(&line[0], 32 * ahead);
+        }
+    }
+
+    /// Asks for `row` to be brought to the second-level cache.
+    #[inline(always)]
+    fn ask_far<T>(row: &[T; 32]) {
+        for line in row.chunks(LINE / size_of::<T>()) {
+            let place: *const T = &line[0];
+            // SAFETY: an address that is only asked for may be any.
+            #[expect(unsafe_code, reason = "a hint takes a pointer")]
+            unsafe {
+                _mm_prefetch::<_MM_HINT_T1>(place.cast());
+            }
+        }
+    }
 
     /// Asks for what lies `ahead` of `place`, which may be behind its end.
     #[inline(always)]
@@ -535,23 +578,33 @@ mod x86 {
     macro_rules! float_avx512 {
         ($name:ident, $weight:ty, $load:ident) => {
             #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-            fn $name<const R: usize>(a: &[f32], w: &[[$weight; 32]], out: &mut [Row]) {
+            fn $name<const R: usize>(
+                a: &[f32],
+                w: &[[$weight; 32]],
+                next: &[[$weight; 32]],
+                out: &mut [Row],
+            ) {
                 let Some(out) = out.first_chunk_mut::<R>() else { return };
                 let mut sums = load_rows(out);
-                for (a, w) in a.as_chunks::<R>().0.iter().zip(w) {
-                    if R >= 8 {
-                        prefetch(w, AHEAD);
-                        prefetch(&w[w.len() / 2], AHEAD * w.len());
-                        prefetch(a, AHEAD);
-                    } else if R <= 2 {
-                        prefetch(w, FEW_AHEAD / 2);
-                        prefetch(&w[w.len() / 2], FEW_AHEAD / 2 * w.len());
+                let strips = a.as_chunks::<R>().0.chunks(STRIP).zip(w.chunks(STRIP));
+                let mut next = next.chunks(next.len().div_ceil(strips.len().max(1)).max(1));
+                for (a, w) in strips {
+                    for row in next.next().unwrap_or_default() {
+                        ask_far(row);
                     }
-                    let (left, right) = ($load(w, 0), $load(w, 1));
-                    for r in 0..R {
-                        let x = _mm512_set1_ps(a[r]);
-                        sums[r][0] = _mm512_fmadd_ps(x, left, sums[r][0]);
-                        sums[r][1] = _mm512_fmadd_ps(x, right, sums[r][1]);
+                    for (a, w) in a.iter().zip(w) {
+                        if R >= 8 {
+                            ask(w, AHEAD);
+                            prefetch(a, AHEAD);
+                        } else if R <= 2 {
+                            ask(w, FEW_AHEAD / 2);
+                        }
+                        let (left, right) = ($load(w, 0), $load(w, 1));
+                        for r in 0..R {
+                            let x = _mm512_set1_ps(a[r]);
+                            sums[r][0] = _mm512_fmadd_ps(x, left, sums[r][0]);
+                            sums[r][1] = _mm512_fmadd_ps(x, right, sums[r][1]);
+                        }
                     }
                 }
                 store_rows(out, sums);
