@@ -672,8 +672,6 @@ impl FloatRows {
         while let Some((k, (panel, i))) = parts.next() {
             let here = weights(panel, k.clone());
             let next = match (parts.peek(), behind) {
-                // A tile alone takes its weights as fast as memory gives them: there is nothing to ask for meanwhile.
-                _ if self.tiles.len() == 1 => Floats::NONE,
                 (Some((k, (panel, _))), _) => weights(*panel, (*k).clone()),
                 (None, Some(panel)) => weights(panel, self.chunks[0].clone()),
                 (None, None) => Floats::NONE,

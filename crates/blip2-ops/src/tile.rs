@@ -354,6 +354,7 @@ mod portable {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
+    use std::arch::asm;
     use std::arch::x86_64::*;
 
     use super::{Floats, IntRows, Ints, Lies, PAIRS, Packed, Row, Unit};
@@ -529,30 +530,21 @@ mod x86 {
         }
     }
 
-    /// Positions along k ahead of which a tile of many rows asks for weights and x: it works long enough on one that they
-    /// come in time, from the second-level cache.
+    /// Positions along k ahead of which a tile of many rows asks for x, which comes from the second-level cache.
     const AHEAD: usize = 16;
 
-    /// Positions along k between which a tile asks for a part of what comes next.
+    /// Positions along k between which it asks for a part of the weights that come next.
     const STRIP: usize = 8;
+
+    /// The units of 64 bytes ahead of which one or two rows ask for weights, which come from memory.
+    const FEW_AHEAD: usize = 64;
 
     /// Bytes that memory gives at once.
     const LINE: usize = 64;
 
-    /// The same for one or two rows, whose weights come from memory: in units of 64 bytes.
-    const FEW_AHEAD: usize = 64;
-
-    /// Asks for all of the row that lies `ahead` of `row`, which may be behind their end.
-    #[inline(always)]
-    fn ask<T>(row: &[T; 32], ahead: usize) {
-        for line in row.chunks(LINE / size_of::<T>()) {
-            prefetch(&line[0], 32 * ahead);
-        }
-    }
-
     /// Asks for `row` to be brought to the second-level cache.
     #[inline(always)]
-    fn ask_far<T>(row: &[T; 32]) {
+    fn ask<T>(row: &[T; 32]) {
         for line in row.chunks(LINE / size_of::<T>()) {
             let place: *const T = &line[0];
             // SAFETY: an address that is only asked for may be any.
@@ -574,6 +566,63 @@ mod x86 {
         }
     }
 
+    /// Adds row I's products with two vectors of columns, if there is such a row.
+    ///
+    /// Where there are many rows, two of three are read as part of the multiplications: that costs no instruction, but a load more.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn add_row<const I: usize, const R: usize>(
+        sums: &mut [[__m512; 2]; R],
+        a: &[f32; R],
+        w: [__m512; 2],
+    ) {
+        if I >= R {
+            return;
+        }
+        for (sum, w) in sums[I].iter_mut().zip(w) {
+            if R < 8 || I.is_multiple_of(3) {
+                *sum = _mm512_fmadd_ps(_mm512_set1_ps(a[I]), w, *sum);
+                continue;
+            }
+            // SAFETY: it reads number I of R.
+            #[expect(
+                unsafe_code,
+                reason = "the compiler would read only once what is needed twice"
+            )]
+            unsafe {
+                asm!(
+                    "vfmadd231ps {sum}, {w}, dword ptr [{a} + {offset}]{{1to16}}",
+                    sum = inout(zmm_reg) *sum,
+                    w = in(zmm_reg) w,
+                    a = in(reg) a.as_ptr(),
+                    offset = const 4 * I,
+                    options(pure, readonly, nostack, preserves_flags),
+                );
+            }
+        }
+    }
+
+    /// Adds the products of all rows.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn add_rows<const R: usize>(sums: &mut [[__m512; 2]; R], a: &[f32; R], w: [__m512; 2]) {
+        const { assert!(R <= 14) };
+        add_row::<0, R>(sums, a, w);
+        add_row::<1, R>(sums, a, w);
+        add_row::<2, R>(sums, a, w);
+        add_row::<3, R>(sums, a, w);
+        add_row::<4, R>(sums, a, w);
+        add_row::<5, R>(sums, a, w);
+        add_row::<6, R>(sums, a, w);
+        add_row::<7, R>(sums, a, w);
+        add_row::<8, R>(sums, a, w);
+        add_row::<9, R>(sums, a, w);
+        add_row::<10, R>(sums, a, w);
+        add_row::<11, R>(sums, a, w);
+        add_row::<12, R>(sums, a, w);
+        add_row::<13, R>(sums, a, w);
+    }
+
     /// R rows times two vectors of columns, which differ in how weights are loaded.
     macro_rules! float_avx512 {
         ($name:ident, $weight:ty, $load:ident) => {
@@ -589,22 +638,17 @@ mod x86 {
                 let strips = a.as_chunks::<R>().0.chunks(STRIP).zip(w.chunks(STRIP));
                 let mut next = next.chunks(next.len().div_ceil(strips.len().max(1)).max(1));
                 for (a, w) in strips {
-                    for row in next.next().unwrap_or_default() {
-                        ask_far(row);
+                    if R > 2 {
+                        next.next().unwrap_or_default().iter().for_each(ask);
                     }
                     for (a, w) in a.iter().zip(w) {
                         if R >= 8 {
-                            ask(w, AHEAD);
                             prefetch(a, AHEAD);
                         } else if R <= 2 {
-                            ask(w, FEW_AHEAD / 2);
+                            prefetch(w, FEW_AHEAD / 2);
+                            prefetch(&w[w.len() / 2], FEW_AHEAD / 2 * w.len());
                         }
-                        let (left, right) = ($load(w, 0), $load(w, 1));
-                        for r in 0..R {
-                            let x = _mm512_set1_ps(a[r]);
-                            sums[r][0] = _mm512_fmadd_ps(x, left, sums[r][0]);
-                            sums[r][1] = _mm512_fmadd_ps(x, right, sums[r][1]);
-                        }
+                        add_rows(&mut sums, a, [$load(w, 0), $load(w, 1)]);
                     }
                 }
                 store_rows(out, sums);
