@@ -9,44 +9,16 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::amx::{self, Amx, Line, Multiplier, PAIRS, Pairs, STEP, flushed};
-use crate::matrix::{Output, Rows, RowsMut};
+use crate::factor::{Factor, Finish, copy_lines, lengthen, pieces, turn_lines, write};
+use crate::matrix::{Rows, RowsMut};
 use crate::tile::{COLUMNS, Row};
 
 /// Positions along k that are worked on together.
 const CHUNK: usize = 512;
 /// Steps of them.
 const STEPS: usize = CHUNK / STEP;
-/// Panels of b that a group of a is multiplied with before the next: two chunks of them fit the second-level cache.
-const PANELS: usize = 4;
 /// Rows that are packed together.
 const MOST_ROWS: usize = 512;
-
-/// What callers have made sure of.
-const STRIDES: &str = "products of tiles are of matrices with a contiguous dimension";
-
-/// The right factor of a product: k positions of so many columns.
-pub(crate) trait Factor: Sync {
-    fn columns(&self) -> usize;
-
-    /// Steps that are asked for together: 1, or all of a chunk.
-    fn grain(&self) -> usize {
-        1
-    }
-
-    /// Positions `k` of panel `panel`, in the calling thread: a row of columns each, those that are missing 0. They are written to `memory`, which has as
-    /// many, unless they lie so.
-    fn rows<'m>(&'m self, panel: usize, k: Range<usize>, memory: &'m mut [Row]) -> &'m [Row];
-}
-
-/// What becomes of sums.
-#[derive(Clone, Copy)]
-pub(crate) struct Finish<'a> {
-    pub(crate) output: Output,
-    /// They are multiplied with.
-    pub(crate) alpha: f32,
-    /// Added to each row that is replaced.
-    pub(crate) bias: Option<&'a [f32]>,
-}
 
 /// `out (m,n) [+]= alpha * a (m,k) · b (k,n) + bias`; a has a contiguous dimension, out's is its columns.
 pub(crate) fn product(
@@ -70,43 +42,20 @@ pub(crate) fn product(
 /// [`product`] of rows that are packed together.
 fn block(amx: Option<Amx>, out: RowsMut<'_>, finish: Finish<'_>, a: Rows<'_>, b: &impl Factor) {
     let a = Packed::new(amx, a);
-    let mut pieces = Vec::new();
-    let mut rest = out;
-    for panels in tasks(b.columns().div_ceil(COLUMNS)) {
-        let columns = (panels.len() * COLUMNS).min(rest.ncols());
-        let (out, right) = rest.split_at_col_mut(columns);
-        pieces.push((panels, out));
-        rest = right;
-    }
-    pieces.into_par_iter().for_each(|(panels, out)| {
+    pieces(out).into_par_iter().for_each(|(panels, out)| {
         let mut scratch = SCRATCH.take();
         scratch.make_room(panels.len(), a.rows);
         scratch.sum(amx, &a, b, panels.clone());
-        write(out, panels.start * COLUMNS, finish, &scratch);
+        write(out, panels.start * COLUMNS, finish, &scratch.sums, a.rows);
         SCRATCH.set(scratch);
     });
     LINES.set(a.lines);
-}
-
-/// Panels of each task: as equal as can be, and as many tasks for each thread.
-fn tasks(panels: usize) -> impl Iterator<Item = Range<usize>> {
-    let threads = rayon::current_num_threads();
-    let count = panels.min(panels.div_ceil(PANELS).max(4 * threads).next_multiple_of(threads));
-    (0..count).map(move |i| i * panels / count..(i + 1) * panels / count)
 }
 
 thread_local! {
     /// Where the last product's rows and the last task's panels lay, for the next: a new place would be cleared before it is filled.
     static LINES: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
     static SCRATCH: Cell<Scratch> = Cell::default();
-}
-
-/// Makes `place` at least so long; what it holds stays, or is `empty`.
-fn lengthen<T: Copy>(place: &mut Vec<T>, length: usize, empty: T) {
-    if place.len() < length {
-        place.clear();
-        place.resize(length, empty);
-    }
 }
 
 /// Positions along k in chunks.
@@ -262,81 +211,6 @@ impl Packed {
     }
 }
 
-/// Writes sums to `out`, whose first column is column `first` of the whole.
-fn write(out: RowsMut<'_>, first: usize, finish: Finish<'_>, scratch: &Scratch) {
-    let Finish { output, alpha, bias } = finish;
-    let bias = bias.map(|bias| &bias[first..]);
-    for (row, out) in out.row_iter_mut().enumerate() {
-        let Some(out) = out.try_as_row_major_mut() else { unreachable!("{STRIDES}") };
-        let sums = scratch.sums[row..].iter().step_by(scratch.rows_of_a);
-        for (i, (out, sums)) in out.as_slice_mut().chunks_mut(COLUMNS).zip(sums).enumerate() {
-            let places = out.iter_mut().zip(sums);
-            match (output, bias) {
-                (Output::Add, _) => places.for_each(|(out, sum)| *out += alpha * sum),
-                (Output::Replace, None) => places.for_each(|(out, sum)| *out = alpha * sum),
-                (Output::Replace, Some(bias)) => {
-                    let places = places.zip(&bias[i * COLUMNS..]);
-                    places.for_each(|((out, sum), bias)| *out = alpha * sum + bias);
-                }
-            }
-        }
-    }
-}
-
-/// A matrix of k rows, one of whose dimensions is contiguous.
-pub(crate) struct Matrix<'a>(pub(crate) Rows<'a>);
-
-impl Factor for Matrix<'_> {
-    fn columns(&self) -> usize {
-        self.0.ncols()
-    }
-
-    fn rows<'m>(&'m self, panel: usize, k: Range<usize>, memory: &'m mut [Row]) -> &'m [Row] {
-        let first = panel * COLUMNS;
-        let block = self.0.get(k, first..self.0.ncols().min(first + COLUMNS));
-        if block.col_stride() == 1 {
-            copy_lines(block, memory);
-        } else {
-            turn_lines(block.transpose(), memory);
-        }
-        memory
-    }
-}
-
-/// A row of `out` for each row of a matrix, which are contiguous; what a row lacks is 0.
-fn copy_lines(matrix: Rows<'_>, out: &mut [Row]) {
-    for (out, line) in out.iter_mut().zip(matrix.row_iter()) {
-        let Some(line) = line.try_as_row_major() else { unreachable!("{STRIDES}") };
-        match line.as_slice().as_array() {
-            Some(full) => *out = *full,
-            None => {
-                let (numbers, rest) = out.split_at_mut(line.ncols());
-                numbers.copy_from_slice(line.as_slice());
-                rest.fill(0.0);
-            }
-        }
-    }
-}
-
-/// A row of `out` for each column of a matrix, whose rows are contiguous; what a column lacks is 0.
-fn turn_lines(matrix: Rows<'_>, out: &mut [Row]) {
-    let mut lines = [[0f32; COLUMNS]; STEP];
-    copy_lines(matrix, &mut lines);
-    let turned = turn(&lines);
-    out.copy_from_slice(&turned[..out.len()]);
-}
-
-/// Rows and columns exchanged.
-pub(crate) fn turn(block: &[Row; STEP]) -> [Row; STEP] {
-    let mut out = [[0f32; COLUMNS]; STEP];
-    for (c, out) in out.iter_mut().enumerate() {
-        for (out, row) in out.iter_mut().zip(block) {
-            *out = row[c];
-        }
-    }
-    out
-}
-
 /// A step of some rows of a as lines, one for each of them; those that are missing are 0.
 fn pack_rows(amx: Option<Amx>, a: Rows<'_>, lines: &mut [Line]) {
     let mut block = [[0f32; STEP]; amx::ROWS];
@@ -455,7 +329,8 @@ mod x86 {
 mod tests {
     use super::*;
     use crate::bf16::tests::numbers;
-    use crate::matrix;
+    use crate::factor::Matrix;
+    use crate::matrix::{self, Output};
 
     /// By instructions, if there are any, and by plain Rust.
     fn both() -> Vec<Option<Amx>> {

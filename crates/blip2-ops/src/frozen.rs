@@ -16,7 +16,8 @@ use half::slice::HalfFloatSliceExt as _;
 use rayon::prelude::*;
 
 use crate::bf16::FrozenPanels;
-use crate::bf16_tiles::{self, Finish};
+use crate::bf16_tiles;
+use crate::factor::Finish;
 use crate::gemm::{self, Output, Rows, RowsMut, Threads, Way, product};
 use crate::host::{self, Host};
 use crate::linear::{check_bias, fill_rows, out_shape};

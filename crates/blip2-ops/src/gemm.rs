@@ -1,12 +1,12 @@
-//! The f32 matrix product: a safe wrapper over faer; in mixed precision the large ones go to `bf16_tiles` or `bf16`.
+//! The matrix product: large ones go to `float_tiles`, in mixed precision to `bf16_tiles` or `bf16`; all others are faer's.
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, Par};
 
 use crate::amx::Amx;
-use crate::bf16_tiles::{self, Finish, Matrix};
+use crate::factor::{Finish, Matrix};
 pub(crate) use crate::matrix::{Output, Rows, RowsMut, columns, rows, rows_mut, split_columns};
-use crate::{bf16, work};
+use crate::{bf16, bf16_tiles, float_tiles, work};
 
 /// Products below this many multiplications are done by the calling thread.
 const PARALLEL_FROM: usize = 64 * 64 * 64;
@@ -61,8 +61,14 @@ pub(crate) fn product(
         return;
     }
     work::product(out.nrows(), a.ncols(), out.ncols());
+    let (m, k, n) = (out.nrows(), a.ncols(), out.ncols());
+    let parallel = threads == Threads::All && m * k * n >= PARALLEL_FROM;
     if threads == Threads::All && lie_well(&out, a, b) {
-        match Way::of(out.nrows(), a.ncols(), out.ncols()) {
+        match Way::of(m, k, n) {
+            Way::Floats if parallel && float_tiles::suit(m, k, n) => {
+                let finish = Finish { output, alpha, bias: None };
+                return float_tiles::product(out, finish, a, &Matrix(b));
+            }
             Way::Floats => {}
             Way::Tiles(amx) => {
                 let finish = Finish { output, alpha, bias: None };
@@ -71,9 +77,8 @@ pub(crate) fn product(
             Way::Vectors => return bf16::product(out, output, alpha, a, b),
         }
     }
-    let work = out.nrows() * out.ncols() * a.ncols();
-    let par = match threads {
-        Threads::All if work >= PARALLEL_FROM && rayon::current_num_threads() > 1 => Par::rayon(0),
+    let par = match parallel {
+        true if rayon::current_num_threads() > 1 => Par::rayon(0),
         _ => Par::Seq,
     };
     let accum = match output {

@@ -3,7 +3,7 @@
 //!
 //! Candle's own layers are either forward-only (gradients stop without a word) or compute gradients
 //! of frozen weights. Here every op is a candle custom op with a hand-written backward pass, f32 on
-//! the CPU; products with trained weights are faer's, those with frozen ones our own. In a backward
+//! the CPU; large products are our own where the processor has AVX-512, others faer's. In a backward
 //! pass the gradient of an argument is computed only if that argument is tracked.
 //!
 //! | file | what it holds |
@@ -11,6 +11,7 @@
 //! | `linear.rs` | [`linear`]: product with a trained weight |
 //! | `frozen.rs`, `quant.rs` | [`FrozenWeight`] in f32, f16 or GGUF blocks, [`frozen_linear`] |
 //! | `panel.rs`, `tile.rs` | how frozen weights lie in memory, and the innermost products with them |
+//! | `float_tiles.rs`, `factor.rs` | large products of any two factors; what those share with `bf16_tiles.rs` |
 //! | `attention.rs` | [`attention`]: grouped heads, additive bias, dropout on probabilities |
 //! | `cached.rs` | [`cached_attention`]: a decoder's step, forward only |
 //! | `norm.rs` | [`layer_norm`], [`rms_norm`], [`l2_normalize`] |
@@ -39,6 +40,8 @@ mod cached;
 mod comm;
 mod dropout;
 mod embedding;
+mod factor;
+mod float_tiles;
 mod frozen;
 mod gemm;
 mod host;

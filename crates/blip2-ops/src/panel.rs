@@ -14,28 +14,23 @@
 //! 1/65 534 of the block's largest, a hundredth of what eight bits have cost the weights.
 
 use std::borrow::Cow;
-use std::cell::Cell;
 use std::ops::Range;
 
 use rayon::prelude::*;
 
 use crate::amx::STEP;
-use crate::bf16_tiles::{self, Factor};
+use crate::factor::{self, Copied, Factor, Finish};
+use crate::float_tiles::{FloatRows, chunks, cut, place, tiles};
 use crate::host::{self, simd};
-use crate::matrix::{self, RowsMut, split_columns};
+use crate::matrix::{self, Output, RowsMut, split_columns};
 use crate::quant::half_to_f32;
 use crate::tile::{
     self, BLOCK, COLUMNS, Floats, IntRows, Ints, Isa, Lies, PAIRS, Packed, PackedIsa, Row, Unit,
 };
 
-/// Positions along k that are worked on together: floats of x and of a panel that fit the second-level cache.
-const FLOAT_CHUNK: usize = 512;
-/// The same for quantised weights, which are unpacked for it: into the first-level cache. A block of Q4_K.
+/// Positions along k of quantised weights that are worked on together: unpacked, they fit the first-level cache. A block of Q4_K.
 const INT_CHUNK: usize = 256;
 const CHUNK_BLOCKS: usize = INT_CHUNK / BLOCK;
-
-/// Positions along k that a line of memory holds in f32.
-const PER_LINE: usize = 16;
 
 /// Rows of x that are worked on together: a chunk of them fits the second-level cache.
 const ROWS: usize = 320;
@@ -385,8 +380,9 @@ impl Panels {
             (Store::Ints(..), Arithmetic::Integers) => {
                 Prepared::Integers(QuantisedRows::new(x, n, self.width, isa))
             }
-            _ => Prepared::Floats(FloatRows::new(x, n, self.width, isa)),
+            _ => Prepared::Floats(FloatRows::new(matrix::rows(x, n, self.width), isa)),
         };
+        let finish = Finish { output: Output::Replace, alpha: 1.0, bias };
         let tasks = (8 * rayon::current_num_threads()).min(panels);
         let per_task = panels.div_ceil(tasks);
         let pieces = split_columns(y, per_task * COLUMNS);
@@ -397,11 +393,8 @@ impl Panels {
                     let first = i * per_task + j * GROUP;
                     let group = first..first + y.ncols().div_ceil(COLUMNS);
                     room.sums.fill([0.0; COLUMNS]);
-                    self.group_times(isa, &x, group.clone(), room);
-                    let columns = split_columns(y, COLUMNS).into_iter();
-                    for ((y, panel), sums) in columns.zip(group).zip(room.sums.chunks_exact(n)) {
-                        write(y, sums, bias.map(|bias| &bias[panel * COLUMNS..]));
-                    }
+                    self.group_times(isa, &x, group, room);
+                    factor::write(y, first * COLUMNS, finish, &room.sums, n);
                 }
             },
         );
@@ -464,23 +457,7 @@ impl Room {
     }
 }
 
-/// Writes the sums of a panel, with their bias, to its columns of `y`.
-fn write(y: RowsMut<'_>, sums: &[Row], bias: Option<&[f32]>) {
-    for (y, sums) in y.row_iter_mut().zip(sums) {
-        let Some(y) = y.try_as_row_major_mut() else { unreachable!("rows are contiguous") };
-        let y = y.as_slice_mut();
-        y.copy_from_slice(&sums[..y.len()]);
-        for (y, bias) in y.iter_mut().zip(bias.unwrap_or_default()) {
-            *y += bias;
-        }
-    }
-}
-
 impl Factor for Panels {
-    fn columns(&self) -> usize {
-        self.out
-    }
-
     fn grain(&self) -> usize {
         match self.store {
             Store::Ints(..) => INT_CHUNK / STEP,
@@ -496,12 +473,17 @@ impl Factor for Panels {
 /// The turned weight of panels, to multiply gradients with: k counts outputs, and columns are the weight's.
 pub(crate) struct Turned<'a>(pub(crate) &'a Panels);
 
-impl Factor for Turned<'_> {
-    fn columns(&self) -> usize {
-        self.0.width
+impl Copied for Turned<'_> {
+    fn copy(&self, panel: usize, k: Range<usize>, memory: &mut [Row]) {
+        for (k, memory) in k.step_by(STEP).zip(memory.chunks_mut(STEP)) {
+            self.step(panel, k / COLUMNS, memory);
+        }
     }
+}
 
-    fn rows<'m>(&'m self, panel: usize, k: Range<usize>, memory: &'m mut [Row]) -> &'m [Row] {
+impl Turned<'_> {
+    /// As many positions as `memory` has room for: those of panel `of` that is turned.
+    fn step(&self, panel: usize, of: usize, memory: &mut [Row]) {
         let first = panel * COLUMNS;
         let lanes = first..self.0.width.min(first + COLUMNS);
         let mut lines = [[0f32; COLUMNS]; STEP];
@@ -512,10 +494,9 @@ impl Factor for Turned<'_> {
         };
         let positions = block..self.0.width.min(block + step);
         let room = &mut vec![[0f32; COLUMNS]; positions.len()];
-        let rows = self.0.positions(k.start / COLUMNS, positions, room);
+        let rows = self.0.positions(of, positions, room);
         lines[..lanes.len()].copy_from_slice(&rows[first - block..][..lanes.len()]);
-        memory.copy_from_slice(&bf16_tiles::turn(&lines)[..k.len()]);
-        memory
+        memory.copy_from_slice(&factor::turn(&lines)[..memory.len()]);
     }
 }
 
@@ -566,124 +547,7 @@ fn interleave<T: Copy + Default + Send>(
     panels
 }
 
-/// `n` rows in tiles of at most `most`, as equal as can be.
-fn tiles(n: usize, most: usize) -> Vec<Range<usize>> {
-    let count = n.div_ceil(most);
-    (0..count).map(|i| i * n / count..(i + 1) * n / count).collect()
-}
-
-/// `width` positions in chunks.
-fn chunks(width: usize, chunk: usize) -> Vec<Range<usize>> {
-    (0..width).step_by(chunk).map(|k| k..width.min(k + chunk)).collect()
-}
-
-/// The part of a buffer, with one number for `per` positions of a row, that belongs to a chunk and a tile.
-fn place(n: usize, k: &Range<usize>, rows: &Range<usize>, per: usize) -> Range<usize> {
-    let start = (k.start * n + rows.start * k.len()) / per;
-    start..start + rows.len() * k.len() / per
-}
-
-/// Cuts `all` into the places of every chunk and tile, in their order.
-fn cut<'a, T>(
-    mut all: &'a mut [T],
-    chunks: &[Range<usize>],
-    tiles: &[Range<usize>],
-    per: usize,
-) -> Vec<&'a mut [T]> {
-    let mut cut = Vec::with_capacity(chunks.len() * tiles.len());
-    for k in chunks {
-        for rows in tiles {
-            let (head, rest) = all.split_at_mut(rows.len() * k.len() / per);
-            cut.push(head);
-            all = rest;
-        }
-    }
-    cut
-}
-
-thread_local! {
-    /// Where the rows of the last product lay, for those of the next: a new place would be cleared before it is filled.
-    static ROOM: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
-}
-
-/// Rows of x in tiles: `[chunk][tile][k][row]`, and behind them what is left of larger ones.
-struct FloatRows {
-    room: Vec<f32>,
-    /// How many numbers of `room` are theirs.
-    len: usize,
-    n: usize,
-    chunks: Vec<Range<usize>>,
-    tiles: Vec<Range<usize>>,
-}
-
 impl FloatRows {
-    fn new(x: &[f32], n: usize, width: usize, isa: Isa) -> Self {
-        let (chunks, tiles) = (chunks(width, FLOAT_CHUNK), tiles(n, isa.float_rows()));
-        let len = n * width;
-        let mut room = ROOM.take();
-        if room.len() < len {
-            room.clear();
-            room.resize(len, 0.0);
-        }
-        if n == 1 {
-            room[..len].copy_from_slice(x);
-            return Self { room, len, n, chunks, tiles };
-        }
-        let places = cut(&mut room[..len], &chunks, &tiles, 1);
-        let tasks = chunks.iter().flat_map(|k| tiles.iter().map(move |rows| (k, rows)));
-        let fill = |(place, (k, rows)): (&mut [f32], (&Range<usize>, &Range<usize>))| {
-            // Strip by strip: rows are read side by side, so that their lines arrive together.
-            let strips = place.chunks_mut(PER_LINE * rows.len()).zip(k.clone().step_by(PER_LINE));
-            for (strip, first) in strips {
-                for (r, row) in rows.clone().enumerate() {
-                    let row = &x[row * width..][first..k.end];
-                    for (out, x) in strip.chunks_exact_mut(rows.len()).zip(row) {
-                        out[r] = *x;
-                    }
-                }
-            }
-        };
-        let tasks: Vec<_> = places.into_iter().zip(tasks).collect();
-        if x.len() < 4 * host::GRAIN {
-            tasks.into_iter().for_each(fill);
-        } else {
-            tasks.into_par_iter().for_each(fill);
-        }
-        Self { room, len, n, chunks, tiles }
-    }
-
-    fn values(&self) -> &[f32] {
-        &self.room[..self.len]
-    }
-
-    /// Adds the products with the panels of `group` to their sums in `out`; `weights` gives those of a panel for a chunk.
-    /// Meanwhile the weights that come next are asked for, at last those of the panel `behind`.
-    fn times<'w>(
-        &self,
-        isa: Isa,
-        group: Range<usize>,
-        behind: Option<usize>,
-        weights: impl Fn(usize, Range<usize>) -> Floats<'w>,
-        out: &mut [Row],
-    ) {
-        let panels = || group.clone().zip(0..);
-        let parts = self.chunks.iter().flat_map(|k| panels().map(move |panel| (k, panel)));
-        let mut parts = parts.peekable();
-        while let Some((k, (panel, i))) = parts.next() {
-            let here = weights(panel, k.clone());
-            let next = match (parts.peek(), behind) {
-                (Some((k, (panel, _))), _) => weights(*panel, (*k).clone()),
-                (None, Some(panel)) => weights(panel, self.chunks[0].clone()),
-                (None, None) => Floats::NONE,
-            };
-            let out = &mut out[i * self.n..][..self.n];
-            for (t, rows) in self.tiles.iter().enumerate() {
-                let x = &self.values()[place(self.n, k, rows, 1)];
-                tile::floats(isa, x, here, next.part(t, self.tiles.len()), &mut out[rows.clone()]);
-            }
-        }
-    }
-
     /// Adds the product with the panel of `units` to `out`. `weights` is room for it in f32.
     fn times_unpacked(
         &self,
@@ -700,7 +564,7 @@ impl FloatRows {
             );
             return;
         }
-        weights.resize(self.len / self.n, [0.0; COLUMNS]);
+        weights.resize(self.values().len() / self.n, [0.0; COLUMNS]);
         unpack_floats(isa, kind, units, weights);
         self.times(isa, 0..1, None, |_, k| Floats::F32(&weights[k]), out);
     }
@@ -737,12 +601,6 @@ impl FloatRows {
                 }
             }
         }
-    }
-}
-
-impl Drop for FloatRows {
-    fn drop(&mut self) {
-        ROOM.set(std::mem::take(&mut self.room));
     }
 }
 
@@ -1101,14 +959,6 @@ mod tests {
             wide.product(&numbers(6, 33 * 601), 33, None, Arithmetic::Floats);
             same_bits("after larger rows", &product(), &alone);
         }
-    }
-
-    #[test]
-    fn tiles_are_as_equal_as_can_be() {
-        let heights = |n, most| tiles(n, most).into_iter().map(|t| t.len()).collect::<Vec<_>>();
-        assert_eq!(heights(5, 6), [5]);
-        assert_eq!(heights(7, 6), [3, 4]);
-        assert_eq!(heights(13, 6), [4, 4, 5]);
     }
 
     #[test]

@@ -96,6 +96,11 @@ impl Isa {
         }
     }
 
+    /// Whether tiles of floats are known to be as fast as the products of a library.
+    pub(crate) fn has_wide_tiles(self) -> bool {
+        matches!(self.0, Set::Avx512)
+    }
+
     /// Most rows of a tile of integers, which has two sums for each result.
     pub(crate) fn int_rows(self) -> usize {
         match self.0 {
