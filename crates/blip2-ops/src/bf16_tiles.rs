@@ -330,18 +330,12 @@ mod tests {
     use super::*;
     use crate::bf16::tests::numbers;
     use crate::factor::Matrix;
+    use crate::factor::tests::view;
     use crate::matrix::{self, Output};
 
     /// By instructions, if there are any, and by plain Rust.
     fn both() -> Vec<Option<Amx>> {
         Amx::detect().map(Some).into_iter().chain([None]).collect()
-    }
-
-    fn view(data: &[f32], rows: usize, cols: usize, turned: bool) -> Rows<'_> {
-        match turned {
-            true => matrix::rows(data, cols, rows).transpose(),
-            false => matrix::rows(data, rows, cols),
-        }
     }
 
     const SIZES: [[usize; 3]; 7] = [

@@ -8,7 +8,7 @@ use crate::matrix::{Output, Rows, RowsMut};
 use crate::tile::{COLUMNS, Row};
 
 /// Panels of b that a task multiplies with rows of a before the next.
-pub(crate) const PANELS: usize = 4;
+const PANELS: usize = 4;
 
 /// What callers have made sure of.
 pub(crate) const STRIDES: &str = "products of tiles are of matrices with a contiguous dimension";
@@ -23,19 +23,6 @@ pub(crate) trait Factor: Sync {
     /// Positions `k` of panel `panel`, in the calling thread: a row of columns each, those that are missing 0. They are written to `memory`, which has as
     /// many, unless they lie so.
     fn rows<'m>(&'m self, panel: usize, k: Range<usize>, memory: &'m mut [Row]) -> &'m [Row];
-}
-
-/// A factor whose panels lie nowhere.
-pub(crate) trait Copied: Sync {
-    /// Writes positions `k` of panel `panel` to `memory`, as [`Factor::rows`] does.
-    fn copy(&self, panel: usize, k: Range<usize>, memory: &mut [Row]);
-}
-
-impl<T: Copied> Factor for T {
-    fn rows<'m>(&'m self, panel: usize, k: Range<usize>, memory: &'m mut [Row]) -> &'m [Row] {
-        self.copy(panel, k, memory);
-        memory
-    }
 }
 
 /// What becomes of sums.
@@ -97,8 +84,16 @@ pub(crate) fn write(out: RowsMut<'_>, first: usize, finish: Finish<'_>, sums: &[
 /// A matrix of k rows, one of whose dimensions is contiguous.
 pub(crate) struct Matrix<'a>(pub(crate) Rows<'a>);
 
-impl Copied for Matrix<'_> {
-    fn copy(&self, panel: usize, k: Range<usize>, memory: &mut [Row]) {
+impl Factor for Matrix<'_> {
+    fn rows<'m>(&'m self, panel: usize, k: Range<usize>, memory: &'m mut [Row]) -> &'m [Row] {
+        self.copy(panel, k, memory);
+        memory
+    }
+}
+
+impl Matrix<'_> {
+    /// Writes positions `k` of panel `panel` to `memory`, as [`Factor::rows`] does.
+    pub(crate) fn copy(&self, panel: usize, k: Range<usize>, memory: &mut [Row]) {
         let first = panel * COLUMNS;
         let block = self.0.get(k, first..self.0.ncols().min(first + COLUMNS));
         if block.col_stride() == 1 {
@@ -143,4 +138,17 @@ pub(crate) fn turn(block: &[Row; STEP]) -> [Row; STEP] {
         }
     }
     out
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use crate::matrix::{self, Rows};
+
+    /// `data` as a matrix whose rows, or if `turned` whose columns, are contiguous.
+    pub(crate) fn view(data: &[f32], rows: usize, cols: usize, turned: bool) -> Rows<'_> {
+        match turned {
+            true => matrix::rows(data, cols, rows).transpose(),
+            false => matrix::rows(data, rows, cols),
+        }
+    }
 }

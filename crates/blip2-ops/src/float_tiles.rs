@@ -8,9 +8,9 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use crate::factor::{Copied, Finish, STRIDES, lengthen, pieces, write};
+use crate::factor::{Finish, Matrix, STRIDES, lengthen, pieces, write};
 use crate::host;
-use crate::matrix::{Rows, RowsMut};
+use crate::matrix::{Output, Rows, RowsMut};
 use crate::tile::{self, COLUMNS, Floats, Isa, Row};
 
 /// Positions along k that are worked on together: floats of x and of a panel that fit the second-level cache.
@@ -24,6 +24,8 @@ const THINNEST: usize = 16;
 
 /// Most rows of a that are packed together: panels of b are packed once for them.
 const MOST_ROWS: usize = 2304;
+/// And most of their numbers, 32 MB, unless that were too few rows.
+const MOST_NUMBERS: usize = 8 << 20;
 
 /// Tiles of a that are multiplied with all panels of a task before the next: a chunk of them fits the second-level cache.
 const TILES: usize = 16;
@@ -33,10 +35,12 @@ pub(crate) fn suit(m: usize, k: usize, n: usize) -> bool {
     m.min(k).min(n) >= THINNEST && Isa::best().has_wide_tiles()
 }
 
-/// `out (m,n) [+]= alpha * a (m,k) · b (k,n) + bias`; a has a contiguous dimension, out's is its columns.
-pub(crate) fn product(out: RowsMut<'_>, finish: Finish<'_>, a: Rows<'_>, b: &impl Copied) {
+/// `out (m,n) [+]= alpha * a (m,k) · b (k,n)`; a and b have a contiguous dimension, out's is its columns.
+pub(crate) fn product(out: RowsMut<'_>, output: Output, alpha: f32, a: Rows<'_>, b: &Matrix<'_>) {
+    let finish = Finish { output, alpha, bias: None };
+    let most_rows = (MOST_NUMBERS / a.ncols()).clamp(TILES * TILES, MOST_ROWS);
     let mut rest = out;
-    for rows in tiles(a.nrows(), MOST_ROWS) {
+    for rows in tiles(a.nrows(), most_rows) {
         let (out, below) = rest.split_at_row_mut(rows.len());
         let a = FloatRows::new(a.subrows(rows.start, rows.len()), Isa::best());
         pieces(out).into_par_iter().for_each(|(panels, out)| {
@@ -61,7 +65,7 @@ struct Scratch {
 
 impl Scratch {
     /// Sums of all rows of a with `panels` of b.
-    fn sum(&mut self, a: &FloatRows, b: &impl Copied, panels: Range<usize>) {
+    fn sum(&mut self, a: &FloatRows, b: &Matrix<'_>, panels: Range<usize>) {
         let (isa, Self { weights, sums }) = (Isa::best(), self);
         lengthen(weights, panels.len() * CHUNK, [0.0; COLUMNS]);
         lengthen(sums, panels.len() * a.n, [0.0; COLUMNS]);
@@ -131,7 +135,7 @@ pub(crate) struct FloatRows {
     room: Vec<f32>,
     /// How many numbers of `room` are theirs.
     len: usize,
-    /// How many.
+    /// How many rows.
     pub(crate) n: usize,
     chunks: Vec<Range<usize>>,
     tiles: Vec<Range<usize>>,
@@ -143,14 +147,11 @@ impl FloatRows {
         let (chunks, tiles) = (chunks(width, CHUNK), tiles(n, isa.float_rows()));
         let len = n * width;
         let mut room = ROOM.take();
-        if room.len() < len {
-            room.clear();
-            room.resize(len, 0.0);
-        }
-        if n == 1 {
-            for (room, x) in room.iter_mut().zip(x.row(0).iter()) {
-                *room = *x;
-            }
+        lengthen(&mut room, len, 0.0);
+        if n == 1
+            && let Some(row) = x.row(0).try_as_row_major()
+        {
+            room[..len].copy_from_slice(row.as_slice());
             return Self { room, len, n, chunks, tiles };
         }
         let places = cut(&mut room[..len], &chunks, &tiles, 1);
@@ -237,16 +238,9 @@ impl Drop for FloatRows {
 mod tests {
     use super::*;
     use crate::bf16::tests::numbers;
-    use crate::factor::Matrix;
+    use crate::factor::tests::view;
     use crate::host::simd;
-    use crate::matrix::{self, Output};
-
-    fn view(data: &[f32], rows: usize, cols: usize, turned: bool) -> Rows<'_> {
-        match turned {
-            true => matrix::rows(data, cols, rows).transpose(),
-            false => matrix::rows(data, rows, cols),
-        }
-    }
+    use crate::matrix;
 
     /// The sum in the order of k, which no other row, thread or chunk changes.
     fn sum(a: Rows<'_>, b: Rows<'_>, i: usize, j: usize) -> f32 {
@@ -266,8 +260,7 @@ mod tests {
                 let before = numbers(m * (n + 5), 3);
                 let mut wide = before.clone();
                 let out = matrix::rows_mut(&mut wide, m, n + 5).subcols_mut(2, n);
-                let finish = Finish { output: Output::Add, alpha: 0.5, bias: None };
-                product(out, finish, a, &Matrix(b));
+                product(out, Output::Add, 0.5, a, &Matrix(b));
                 for i in (0..m).step_by(1 + m / 40) {
                     for j in 0..n + 5 {
                         let inside = j.checked_sub(2).filter(|j| *j < n);
@@ -290,8 +283,8 @@ mod tests {
         let (a, b) = (numbers(m * k, 4), numbers(k * n, 5));
         let (a, b) = (view(&a, m, k, false), view(&b, k, n, true));
         let mut out = vec![f32::NAN; m * n];
-        let finish = Finish { output: Output::Replace, alpha: 1.0, bias: None };
-        product(matrix::rows_mut(&mut out, m, n), finish, a, &Matrix(b));
+        let to = matrix::rows_mut(&mut out, m, n);
+        product(to, Output::Replace, 1.0, a, &Matrix(b));
         for i in (0..m).step_by(97).chain([m - 1]) {
             for j in 0..n {
                 assert_eq!(out[i * n + j].to_bits(), sum(a, b, i, j).to_bits(), "({i}, {j})");

@@ -1,4 +1,5 @@
-//! The matrix product: large ones go to `float_tiles`, in mixed precision to `bf16_tiles` or `bf16`; all others are faer's.
+//! The matrix product. Large ones go to `float_tiles` where there is AVX-512, in mixed precision to `bf16_tiles` or `bf16`; all others are
+//! faer's.
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, Par};
@@ -66,8 +67,7 @@ pub(crate) fn product(
     if threads == Threads::All && lie_well(&out, a, b) {
         match Way::of(m, k, n) {
             Way::Floats if parallel && float_tiles::suit(m, k, n) => {
-                let finish = Finish { output, alpha, bias: None };
-                return float_tiles::product(out, finish, a, &Matrix(b));
+                return float_tiles::product(out, output, alpha, a, &Matrix(b));
             }
             Way::Floats => {}
             Way::Tiles(amx) => {
@@ -77,10 +77,7 @@ pub(crate) fn product(
             Way::Vectors => return bf16::product(out, output, alpha, a, b),
         }
     }
-    let par = match parallel {
-        true if rayon::current_num_threads() > 1 => Par::rayon(0),
-        _ => Par::Seq,
-    };
+    let par = if parallel && rayon::current_num_threads() > 1 { Par::rayon(0) } else { Par::Seq };
     let accum = match output {
         Output::Replace => Accum::Replace,
         Output::Add => Accum::Add,

@@ -3,14 +3,14 @@
 //!
 //! Candle's own layers are either forward-only (gradients stop without a word) or compute gradients
 //! of frozen weights. Here every op is a candle custom op with a hand-written backward pass, f32 on
-//! the CPU; large products are our own where the processor has AVX-512, others faer's. In a backward
+//! the CPU; products with frozen panels are our own, where there is AVX-512 large ones of trained weights, too; others are faer's. In a backward
 //! pass the gradient of an argument is computed only if that argument is tracked.
 //!
 //! | file | what it holds |
 //! |---|---|
 //! | `linear.rs` | [`linear`]: product with a trained weight |
 //! | `frozen.rs`, `quant.rs` | [`FrozenWeight`] in f32, f16 or GGUF blocks, [`frozen_linear`] |
-//! | `panel.rs`, `tile.rs` | how frozen weights lie in memory, and the innermost products with them |
+//! | `panel.rs`, `tile.rs` | how frozen weights lie in memory, and the innermost products |
 //! | `float_tiles.rs`, `factor.rs` | large products of any two factors; what those share with `bf16_tiles.rs` |
 //! | `attention.rs` | [`attention`]: grouped heads, additive bias, dropout on probabilities |
 //! | `cached.rs` | [`cached_attention`]: a decoder's step, forward only |

@@ -1,4 +1,4 @@
-//! Frozen weights as panels: 32 output columns side by side, so that a product reads memory once, from front to back,
+//! Frozen weights as panels: 32 output columns side by side, so that a product reads memory once, some panels at a time,
 //! and a column is a lane.
 //!
 //! ```text
@@ -19,7 +19,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::amx::STEP;
-use crate::factor::{self, Copied, Factor, Finish};
+use crate::factor::{self, Factor, Finish};
 use crate::float_tiles::{FloatRows, chunks, cut, place, tiles};
 use crate::host::{self, simd};
 use crate::matrix::{self, Output, RowsMut, split_columns};
@@ -35,7 +35,8 @@ const CHUNK_BLOCKS: usize = INT_CHUNK / BLOCK;
 /// Rows of x that are worked on together: a chunk of them fits the second-level cache.
 const ROWS: usize = 320;
 
-/// Panels that are worked on together, so that a chunk of x is read from the second-level cache for all of them.
+/// Panels that are worked on together, so that a chunk of x is read from the second-level cache for all of them. One or two
+/// rows stay in the nearest cache, and read their weights from front to back.
 const GROUP: usize = 4;
 
 /// What products with quantised weights are made of; those with floats are always made of floats.
@@ -385,12 +386,13 @@ impl Panels {
         let finish = Finish { output: Output::Replace, alpha: 1.0, bias };
         let tasks = (8 * rayon::current_num_threads()).min(panels);
         let per_task = panels.div_ceil(tasks);
+        let together = if n <= 2 { 1 } else { per_task.min(GROUP) };
         let pieces = split_columns(y, per_task * COLUMNS);
         pieces.into_par_iter().enumerate().for_each_init(
-            || Room::new(n * per_task.min(GROUP)),
+            || Room::new(n * together),
             |room, (i, y)| {
-                for (j, y) in split_columns(y, GROUP * COLUMNS).into_iter().enumerate() {
-                    let first = i * per_task + j * GROUP;
+                for (j, y) in split_columns(y, together * COLUMNS).into_iter().enumerate() {
+                    let first = i * per_task + j * together;
                     let group = first..first + y.ncols().div_ceil(COLUMNS);
                     room.sums.fill([0.0; COLUMNS]);
                     self.group_times(isa, &x, group, room);
@@ -473,11 +475,12 @@ impl Factor for Panels {
 /// The turned weight of panels, to multiply gradients with: k counts outputs, and columns are the weight's.
 pub(crate) struct Turned<'a>(pub(crate) &'a Panels);
 
-impl Copied for Turned<'_> {
-    fn copy(&self, panel: usize, k: Range<usize>, memory: &mut [Row]) {
+impl Factor for Turned<'_> {
+    fn rows<'m>(&'m self, panel: usize, k: Range<usize>, memory: &'m mut [Row]) -> &'m [Row] {
         for (k, memory) in k.step_by(STEP).zip(memory.chunks_mut(STEP)) {
             self.step(panel, k / COLUMNS, memory);
         }
+        memory
     }
 }
 
@@ -830,7 +833,11 @@ mod tests {
 
     /// Of every kind one, with an odd number of columns and with chunks that are not full.
     fn all() -> Vec<Panels> {
-        let (out, width) = (70, 601);
+        all_with(70)
+    }
+
+    fn all_with(out: usize) -> Vec<Panels> {
+        let width = 601;
         let dense = numbers(1, out * width);
         let halves: Vec<u16> = dense.iter().map(|x| half::f16::from_f32(*x).to_bits()).collect();
         let ints = |kind: IntKind, width: usize, scales: usize| {
@@ -869,7 +876,7 @@ mod tests {
     #[test]
     fn every_instruction_set_gives_the_same_bits() {
         for panels in all() {
-            for n in [1, 2, 5, 6, 7, 15, 33] {
+            for n in (1..=15).chain([33]) {
                 let x = numbers(3, n * panels.width);
                 let bias = numbers(4, panels.out);
                 for arithmetic in BOTH {
@@ -879,6 +886,27 @@ mod tests {
                         let other = panels.product_by(isa, &x, n, Some(&bias), arithmetic);
                         same_bits(&name, &y, &other);
                     }
+                }
+            }
+        }
+    }
+
+    /// One thread has groups of four panels and of one, the last of them not full; more threads have smaller ones.
+    #[test]
+    fn groups_of_panels_give_the_bits_of_single_ones() {
+        let out = 39 * COLUMNS + 6;
+        for panels in all_with(out) {
+            let x = numbers(3, 17 * panels.width);
+            let bias = numbers(4, out);
+            for arithmetic in BOTH {
+                let with = |threads: usize| {
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+                    pool.unwrap().install(|| panels.product(&x, 17, Some(&bias), arithmetic))
+                };
+                let single = with(50);
+                for threads in [1, 3] {
+                    let name = format!("{} {arithmetic:?}, {threads} threads", panels.name());
+                    same_bits(&name, &with(threads), &single);
                 }
             }
         }

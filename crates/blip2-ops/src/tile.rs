@@ -1,4 +1,4 @@
-//! The innermost products of frozen weights: a few rows of x with a panel of 32 output columns.
+//! The innermost products: a few rows of x with a panel of 32 output columns, frozen weights in any format or f32.
 //!
 //! One kernel for floats (weights f32 or f16), one for integers (quantised weights, x as 16-bit integers with a scale per
 //! block), each written for AVX-512, for AVX2 and in plain Rust. **All give the same bits**: an output is a sum over k in
@@ -601,7 +601,7 @@ mod x86 {
                     w = in(zmm_reg) w,
                     a = in(reg) a.as_ptr(),
                     offset = const 4 * I,
-                    options(pure, readonly, nostack, preserves_flags),
+                    options(pure, readonly, nostack),
                 );
             }
         }
