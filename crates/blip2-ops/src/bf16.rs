@@ -21,8 +21,6 @@ const _: () = assert!(COLUMNS == 32);
 const PAIRS: usize = 256;
 /// Panels of a, and of b, that make a piece of work.
 const PANELS: usize = 8;
-/// Thinner products are not worth the packing.
-pub(crate) const THINNEST: usize = 16;
 
 /// What callers have made sure of.
 const STRIDES: &str = "bf16 products are of matrices with a contiguous dimension";

@@ -9,7 +9,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::amx::{self, Amx, Line, Multiplier, PAIRS, Pairs, STEP, flushed};
-use crate::factor::{Factor, Finish, copy_lines, lengthen, pieces, turn_lines, write};
+use crate::factor::{Factor, Finish, chunks, copy_lines, lengthen, pieces, turn_lines, write};
 use crate::matrix::{Rows, RowsMut};
 use crate::tile::{COLUMNS, Row};
 
@@ -58,11 +58,6 @@ thread_local! {
     static SCRATCH: Cell<Scratch> = Cell::default();
 }
 
-/// Positions along k in chunks.
-fn chunks(width: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..width.div_ceil(CHUNK)).map(move |i| i * CHUNK..width.min((i + 1) * CHUNK))
-}
-
 fn steps_of(k: &Range<usize>) -> usize {
     k.len().div_ceil(STEP)
 }
@@ -93,7 +88,7 @@ impl Scratch {
 
     /// Sums of all rows of a with `panels` of b.
     fn sum(&mut self, amx: Option<Amx>, a: &Packed, b: &impl Factor, panels: Range<usize>) {
-        let mut all = chunks(a.width);
+        let mut all = chunks(a.width, CHUNK).into_iter();
         let Some(mut k) = all.next() else { return };
         for (i, panel) in panels.clone().enumerate() {
             self.pack(amx, i, b, panel, &k, 0..steps_of(&k));
@@ -185,7 +180,7 @@ impl Packed {
         lengthen(&mut lines, rows * width.div_ceil(STEP), Line([0; STEP / 2]));
         let mut tasks = Vec::new();
         let mut rest = &mut *lines;
-        for k in chunks(width) {
+        for k in chunks(width, CHUNK) {
             for group in &groups {
                 let (part, behind) = rest.split_at_mut(group.len() * steps_of(&k));
                 tasks.push((k.clone(), group.clone(), part));
@@ -271,17 +266,7 @@ mod x86 {
     use std::arch::x86_64::*;
 
     use super::{Line, Pairs, Row, STEP};
-
-    /// Sixteen of a row's numbers, from number `16 i` on.
-    #[target_feature(enable = "avx512f")]
-    fn load(row: &Row, i: usize) -> __m512 {
-        let part = &row.as_chunks::<16>().0[i];
-        // SAFETY: it reads the 16 numbers of `part`, at any address.
-        #[expect(unsafe_code, reason = "vectors are loaded through pointers")]
-        unsafe {
-            _mm512_loadu_ps(part.as_ptr())
-        }
-    }
+    use crate::tile::x86::load16;
 
     #[target_feature(enable = "avx512f")]
     fn store(words: &mut [u32; 16], value: __m512i) {
@@ -306,7 +291,7 @@ mod x86 {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
     pub(super) fn pack_rows(rows: &[Row], lines: &mut [Line]) {
         for (row, line) in rows.iter().zip(lines) {
-            store(&mut line.0, nearest(load(row, 0), load(row, 1)));
+            store(&mut line.0, nearest(load16(row, 0), load16(row, 1)));
         }
     }
 
@@ -318,7 +303,7 @@ mod x86 {
         let words = _mm512_or_si512(lanes, upper);
         for ([low, high], pair) in rows.as_chunks::<2>().0.iter().zip(pairs) {
             for (half, out) in pair.0.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-                let both = nearest(load(low, half), load(high, half));
+                let both = nearest(load16(low, half), load16(high, half));
                 store(out, _mm512_permutexvar_epi16(words, both));
             }
         }

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use crate::amx::STEP;
 use crate::matrix::{Output, Rows, RowsMut};
-use crate::tile::{COLUMNS, Row};
+use crate::tile::{COLUMNS, Row, part_of};
 
 /// Panels of b that a task multiplies with rows of a before the next.
 const PANELS: usize = 4;
@@ -43,13 +43,18 @@ pub(crate) fn pieces(out: RowsMut<'_>) -> Vec<(Range<usize>, RowsMut<'_>)> {
     let mut pieces = Vec::with_capacity(count);
     let mut rest = out;
     for i in 0..count {
-        let panels = i * panels / count..(i + 1) * panels / count;
+        let panels = part_of(panels, i, count);
         let columns = (panels.len() * COLUMNS).min(rest.ncols());
         let (out, right) = rest.split_at_col_mut(columns);
         pieces.push((panels, out));
         rest = right;
     }
     pieces
+}
+
+/// `width` positions along k in chunks.
+pub(crate) fn chunks(width: usize, chunk: usize) -> Vec<Range<usize>> {
+    (0..width).step_by(chunk).map(|k| k..width.min(k + chunk)).collect()
 }
 
 /// Makes `place` at least so long; what it holds stays, or is `empty`.

@@ -8,19 +8,16 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use crate::factor::{Finish, Matrix, STRIDES, lengthen, pieces, write};
+use crate::factor::{Finish, Matrix, STRIDES, chunks, lengthen, pieces, write};
 use crate::host;
 use crate::matrix::{Output, Rows, RowsMut};
-use crate::tile::{self, COLUMNS, Floats, Isa, Row};
+use crate::tile::{self, COLUMNS, Floats, Isa, Row, part_of};
 
 /// Positions along k that are worked on together: floats of x and of a panel that fit the second-level cache.
 const CHUNK: usize = 512;
 
 /// Positions along k that a line of memory holds in f32.
 const PER_LINE: usize = 16;
-
-/// Thinner products are not worth the packing.
-const THINNEST: usize = 16;
 
 /// Most rows of a that are packed together: panels of b are packed once for them.
 const MOST_ROWS: usize = 2304;
@@ -29,11 +26,6 @@ const MOST_NUMBERS: usize = 8 << 20;
 
 /// Tiles of a that are multiplied with all panels of a task before the next: a chunk of them fits the second-level cache.
 const TILES: usize = 16;
-
-/// Whether products of `m` × `k` with `k` × `n` numbers are done here.
-pub(crate) fn suit(m: usize, k: usize, n: usize) -> bool {
-    m.min(k).min(n) >= THINNEST && Isa::best().has_wide_tiles()
-}
 
 /// `out (m,n) [+]= alpha * a (m,k) · b (k,n)`; a and b have a contiguous dimension, out's is its columns.
 pub(crate) fn product(out: RowsMut<'_>, output: Output, alpha: f32, a: Rows<'_>, b: &Matrix<'_>) {
@@ -91,12 +83,7 @@ impl Scratch {
 /// `n` rows in tiles of at most `most`, as equal as can be.
 pub(crate) fn tiles(n: usize, most: usize) -> Vec<Range<usize>> {
     let count = n.div_ceil(most);
-    (0..count).map(|i| i * n / count..(i + 1) * n / count).collect()
-}
-
-/// `width` positions in chunks.
-pub(crate) fn chunks(width: usize, chunk: usize) -> Vec<Range<usize>> {
-    (0..width).step_by(chunk).map(|k| k..width.min(k + chunk)).collect()
+    (0..count).map(|i| part_of(n, i, count)).collect()
 }
 
 /// The part of a buffer, with one number for `per` positions of a row, that belongs to a chunk and a tile.

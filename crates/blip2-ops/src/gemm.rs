@@ -7,10 +7,13 @@ use faer::{Accum, Par};
 use crate::amx::Amx;
 use crate::factor::{Finish, Matrix};
 pub(crate) use crate::matrix::{Output, Rows, RowsMut, columns, rows, rows_mut, split_columns};
+use crate::tile::Isa;
 use crate::{bf16, bf16_tiles, float_tiles, work};
 
 /// Products below this many multiplications are done by the calling thread.
 const PARALLEL_FROM: usize = 64 * 64 * 64;
+/// Thinner products are not worth the packing.
+const THINNEST: usize = 16;
 
 /// Who computes a product.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -35,11 +38,16 @@ pub(crate) enum Way {
 impl Way {
     /// That of a product of `m` × `k` with `k` × `n` numbers.
     pub(crate) fn of(m: usize, k: usize, n: usize) -> Self {
-        if !bf16::MixedPrecision::is_on() || m.min(k).min(n) < bf16::THINNEST {
+        if !bf16::MixedPrecision::is_on() || !is_thick(m, k, n) {
             return Self::Floats;
         }
         Amx::detect().map_or(Self::Vectors, Self::Tiles)
     }
+}
+
+/// Whether packing the factors is worth it.
+fn is_thick(m: usize, k: usize, n: usize) -> bool {
+    m.min(k).min(n) >= THINNEST
 }
 
 /// `out (m,n) [+]= alpha * a (m,k) · b (k,n)`; pass `.transpose()` views as needed.
@@ -61,12 +69,12 @@ pub(crate) fn product(
         }
         return;
     }
-    work::product(out.nrows(), a.ncols(), out.ncols());
     let (m, k, n) = (out.nrows(), a.ncols(), out.ncols());
+    work::product(m, k, n);
     let parallel = threads == Threads::All && m * k * n >= PARALLEL_FROM;
     if threads == Threads::All && lie_well(&out, a, b) {
         match Way::of(m, k, n) {
-            Way::Floats if parallel && float_tiles::suit(m, k, n) => {
+            Way::Floats if parallel && is_thick(m, k, n) && Isa::best().has_wide_tiles() => {
                 return float_tiles::product(out, output, alpha, a, &Matrix(b));
             }
             Way::Floats => {}

@@ -19,8 +19,8 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::amx::STEP;
-use crate::factor::{self, Factor, Finish};
-use crate::float_tiles::{FloatRows, chunks, cut, place, tiles};
+use crate::factor::{self, Factor, Finish, chunks};
+use crate::float_tiles::{FloatRows, cut, place, tiles};
 use crate::host::{self, simd};
 use crate::matrix::{self, Output, RowsMut, split_columns};
 use crate::quant::half_to_f32;

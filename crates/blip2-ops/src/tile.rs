@@ -8,6 +8,7 @@
 //!
 //! Letters: R rows of x in a tile, k positions along the inner dimension.
 
+use std::ops::Range;
 use std::sync::OnceLock;
 
 use crate::host::simd;
@@ -123,12 +124,16 @@ impl<'a> Floats<'a> {
 
     /// Of `count` parts, as equal as can be, that with number `i`.
     pub(crate) fn part(self, i: usize, count: usize) -> Self {
-        let part = |len: usize| i * len / count..(i + 1) * len / count;
         match self {
-            Self::F32(rows) => Self::F32(&rows[part(rows.len())]),
-            Self::F16(rows) => Self::F16(&rows[part(rows.len())]),
+            Self::F32(rows) => Self::F32(&rows[part_of(rows.len(), i, count)]),
+            Self::F16(rows) => Self::F16(&rows[part_of(rows.len(), i, count)]),
         }
     }
+}
+
+/// Of `count` parts of `n`, as equal as can be, that with number `i`.
+pub(crate) fn part_of(n: usize, i: usize, count: usize) -> Range<usize> {
+    i * n / count..(i + 1) * n / count
 }
 
 /// A block of quantised weights: integers, and what turns them into numbers.
@@ -358,7 +363,7 @@ mod portable {
 }
 
 #[cfg(target_arch = "x86_64")]
-mod x86 {
+pub(crate) mod x86 {
     use std::arch::asm;
     use std::arch::x86_64::*;
 
@@ -439,7 +444,7 @@ mod x86 {
 
     /// Sixteen of a row's columns from column `16 i` on.
     #[target_feature(enable = "avx512f")]
-    fn load16(row: &Row, i: usize) -> __m512 {
+    pub(crate) fn load16(row: &Row, i: usize) -> __m512 {
         let part = &row.as_chunks::<16>().0[i];
         // SAFETY: it reads the 16 numbers of `part`, at any address.
         #[expect(unsafe_code, reason = "vectors are loaded through pointers")]
