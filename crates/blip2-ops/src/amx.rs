@@ -1,4 +1,5 @@
-//! Products of bf16 by the tile instructions of a processor (AMX-BF16): sixteen times as many a cycle as f32.
+//! The tile instructions of a processor (AMX), and products of bf16 by them: sixteen times as many a cycle as f32. Those of integers are in
+//! `int_tiles.rs`.
 //!
 //! A group of up to 32 rows of a is multiplied with 32 columns of b: two tiles of each, four of results. Sums are f32, in an
 //! order that the manual lays down (Intel's Architecture Instruction Set Extensions Reference, `TDPBF16PS`), so that
@@ -26,7 +27,7 @@ pub(crate) struct Line(pub(crate) [u32; PAIRS]);
 #[repr(align(64))]
 pub(crate) struct Pairs(pub(crate) [u32; COLUMNS]);
 
-/// The instructions, on a machine that has them and a system that lets this process use them.
+/// The instructions for bf16, on a machine that has them and a system that lets this process use them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Amx(());
 
@@ -36,17 +37,11 @@ impl Amx {
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
         {
             static FOUND: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
-            FOUND.get_or_init(x86::permitted).then_some(Self(()))
+            FOUND.get_or_init(x86::has_bf16).then_some(Self(()))
         }
         #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
         None
     }
-}
-
-thread_local! {
-    /// Rows for which this thread's tiles are set up; 0 where they are not.
-    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    static SET_UP: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
 }
 
 /// Multiplies groups of rows with panels of columns; when it goes its thread's tiles are given back.
@@ -75,9 +70,7 @@ impl Multiplier {
             // lengths have been looked at.
             #[expect(unsafe_code, reason = "instructions chosen at run time")]
             unsafe {
-                if SET_UP.replace(rows) != rows {
-                    x86::configure(rows);
-                }
+                x86::set_up(x86::for_bf16(rows));
                 x86::add(steps, a, b, out);
             }
             return;
@@ -89,13 +82,7 @@ impl Multiplier {
 impl Drop for Multiplier {
     fn drop(&mut self) {
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-        if SET_UP.take() > 0 {
-            // SAFETY: this thread has set the tiles up.
-            #[expect(unsafe_code, reason = "tiles are given back by an instruction")]
-            unsafe {
-                x86::release();
-            }
-        }
+        x86::give_back();
     }
 }
 
@@ -140,38 +127,61 @@ pub(crate) fn flushed(x: f32) -> f32 {
 }
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-mod x86 {
+pub(crate) mod x86 {
     use std::arch::asm;
     use std::arch::x86_64::__cpuid_count;
+    use std::cell::Cell;
+    use std::sync::OnceLock;
 
     use super::{Line, PAIRS, Pairs};
     use crate::tile::Row;
 
     /// Rows of a tile, at most.
-    const TILE: usize = 16;
+    pub(crate) const TILE: usize = 16;
     // What `add` says in numbers.
     const _: () = assert!(size_of::<Line>() == 64 && size_of::<Pairs>() == 128);
     const _: () = assert!(size_of::<Row>() == 128 && PAIRS == TILE);
     const _: () = assert!(size_of::<Configuration>() == 64);
 
-    /// Whether tiles of bf16 can be multiplied, and the system keeps them for this process' threads, as it has to be asked to.
-    pub(super) fn permitted() -> bool {
-        /// `ARCH_REQ_XCOMP_PERM` of Linux, and the state it is asked for.
-        const REQUEST: libc::c_int = 0x1023;
-        const TILE_DATA: libc::c_ulong = 18;
-        let features = __cpuid_count(7, 0).edx;
-        let (bf16, tiles) = (features >> 22 & 1, features >> 24 & 1);
+    /// Whether tiles of bf16 can be multiplied.
+    pub(super) fn has_bf16() -> bool {
         let vectors = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512vl")
             && is_x86_feature_detected!("avx512bf16");
-        if bf16 & tiles == 0 || !vectors {
-            return false;
-        }
-        // SAFETY: it takes two numbers and touches no memory of ours.
-        #[expect(unsafe_code, reason = "a call of the system")]
-        let refused = unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST, TILE_DATA) };
-        refused == 0
+        vectors && feature(22) && permitted()
+    }
+
+    /// Whether tiles of bytes can be multiplied.
+    pub(crate) fn has_bytes() -> bool {
+        feature(25) && permitted()
+    }
+
+    /// A feature that the standard library does not know yet.
+    fn feature(bit: u32) -> bool {
+        __cpuid_count(7, 0).edx >> bit & 1 == 1
+    }
+
+    /// Whether there are tiles, and the system keeps them for this process' threads, as it has to be asked to.
+    fn permitted() -> bool {
+        /// `ARCH_REQ_XCOMP_PERM` of Linux, and the state it is asked for.
+        const REQUEST: libc::c_int = 0x1023;
+        const TILE_DATA: libc::c_ulong = 18;
+        static PERMITTED: OnceLock<bool> = OnceLock::new();
+        *PERMITTED.get_or_init(|| {
+            // SAFETY: it takes two numbers and touches no memory of ours.
+            #[expect(unsafe_code, reason = "a call of the system")]
+            let refused = || unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST, TILE_DATA) };
+            feature(24) && refused() == 0
+        })
+    }
+
+    /// How many rows, and bytes of a row, each of the eight tiles has.
+    pub(crate) type Tiles = [[u8; 2]; 8];
+
+    thread_local! {
+        /// How this thread's tiles are set up, if they are.
+        static SET_UP: Cell<Option<Tiles>> = const { Cell::new(None) };
     }
 
     /// How many rows and bytes of a row each tile has, as `LDTILECFG` reads it.
@@ -184,19 +194,15 @@ mod x86 {
         rows: [u8; 16],
     }
 
-    /// Rows of the first of a group's two tiles.
-    fn first(rows: usize) -> usize {
-        rows.div_ceil(2)
-    }
-
-    /// Sets up tiles 0 to 3 for results, 4 and 5 for rows of a, 6 and 7 for columns of b.
+    /// Sets up this thread's tiles, unless they are so already.
     ///
     /// # Safety
-    /// Only where tiles are [`permitted`]; 2 to 32 rows.
+    /// Only where tiles are permitted: [`has_bf16`] or [`has_bytes`]. At most [`TILE`] rows and 64 bytes, and of both some.
     #[expect(unsafe_code, reason = "tiles are set up by an instruction")]
-    pub(super) unsafe fn configure(rows: usize) {
-        let upper = first(rows) as u8;
-        let lower = (rows - first(rows)) as u8;
+    pub(crate) unsafe fn set_up(tiles: Tiles) {
+        if SET_UP.replace(Some(tiles)) == Some(tiles) {
+            return;
+        }
         let mut configuration = Configuration {
             palette: 1,
             start_row: 0,
@@ -204,29 +210,44 @@ mod x86 {
             bytes: [0; 16],
             rows: [0; 16],
         };
-        configuration.bytes[..8].fill(64);
-        configuration.rows[..8]
-            .copy_from_slice(&[upper, upper, lower, lower, upper, lower, TILE as u8, TILE as u8]);
+        for (i, [rows, bytes]) in tiles.into_iter().enumerate() {
+            configuration.rows[i] = rows;
+            configuration.bytes[i] = u16::from(bytes);
+        }
         // SAFETY: it reads the 64 bytes of `configuration`.
         unsafe {
             asm!("ldtilecfg [{}]", in(reg) &raw const configuration, options(nostack, readonly));
         }
     }
 
-    /// # Safety
-    /// Only where tiles are [`permitted`].
-    #[expect(unsafe_code, reason = "tiles are given back by an instruction")]
-    pub(super) unsafe fn release() {
-        // SAFETY: nothing is kept in tiles between two calls.
-        unsafe {
-            asm!("tilerelease", options(nostack, nomem));
+    /// Gives this thread's tiles back, if it has set some up.
+    pub(crate) fn give_back() {
+        if SET_UP.take().is_some() {
+            // SAFETY: where tiles are set up there is the instruction; nothing is kept in them any longer.
+            #[expect(unsafe_code, reason = "tiles are given back by an instruction")]
+            unsafe {
+                asm!("tilerelease", options(nostack, nomem));
+            }
         }
+    }
+
+    /// Rows of the first of a group's two tiles.
+    fn first(rows: usize) -> usize {
+        rows.div_ceil(2)
+    }
+
+    /// Tiles 0 to 3 for results, 4 and 5 for 2 to 32 rows of a, 6 and 7 for columns of b.
+    pub(super) fn for_bf16(rows: usize) -> Tiles {
+        let upper = first(rows) as u8;
+        let lower = (rows - first(rows)) as u8;
+        let rows = [upper, upper, lower, lower, upper, lower, TILE as u8, TILE as u8];
+        rows.map(|rows| [rows, 64])
     }
 
     /// `out += a · b`.
     ///
     /// # Safety
-    /// Only after [`configure`] for as many rows as `out` has; `a` and `b` hold `steps` steps of them, at least one.
+    /// Only after [`set_up`] [`for_bf16`] with as many rows as `out` has; `a` and `b` hold `steps` steps of them, at least one.
     #[expect(unsafe_code, reason = "tiles are read and written through pointers")]
     pub(super) unsafe fn add(steps: usize, a: &[Line], b: &[Pairs], out: &mut [Row]) {
         let rows = out.len();

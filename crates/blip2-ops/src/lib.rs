@@ -45,6 +45,7 @@ mod float_tiles;
 mod frozen;
 mod gemm;
 mod host;
+mod int_tiles;
 mod linear;
 mod loss;
 mod matrix;

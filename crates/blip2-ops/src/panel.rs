@@ -22,15 +22,17 @@ use crate::amx::STEP;
 use crate::factor::{self, Factor, Finish, chunks};
 use crate::float_tiles::{FloatRows, cut, place, tiles};
 use crate::host::{self, simd};
+use crate::int_tiles::{self, ByteRows};
 use crate::matrix::{self, Output, RowsMut, split_columns};
 use crate::quant::half_to_f32;
 use crate::tile::{
-    self, BLOCK, COLUMNS, Floats, IntRows, Ints, Isa, Lies, PAIRS, Packed, PackedIsa, Row, Unit,
+    self, BLOCK, COLUMNS, Floats, IntRows, Integers, Ints, Isa, Lies, PAIRS, Packed, PackedIsa,
+    Pairs, Row, Unit,
 };
 
 /// Positions along k of quantised weights that are worked on together: unpacked, they fit the first-level cache. A block of Q4_K.
 const INT_CHUNK: usize = 256;
-const CHUNK_BLOCKS: usize = INT_CHUNK / BLOCK;
+pub(crate) const CHUNK_BLOCKS: usize = INT_CHUNK / BLOCK;
 
 /// Rows of x that are worked on together: a chunk of them fits the second-level cache.
 const ROWS: usize = 320;
@@ -82,38 +84,38 @@ impl IntKind {
     }
 
     /// Whether a weight is more than scale times integer.
-    fn has_offset(self) -> bool {
+    pub(crate) fn has_offset(self) -> bool {
         matches!(self, Self::Q4_1 | Self::Q4K)
     }
 
     /// Unpacks whole blocks.
     #[inline(always)]
-    fn unpack(self, units: &[Unit], out: &mut [Ints]) {
-        let per_block = self.bytes() / 2;
+    fn unpack<Q: Integers>(self, units: &[Unit], out: &mut [Ints<Q>]) {
+        let blocks = units.chunks_exact(self.bytes() / 2);
         match self {
             Self::Q8_0 => {
-                for (units, out) in units.chunks_exact(per_block).zip(out) {
+                for (units, out) in blocks.zip(out) {
                     out.scale = halves(&units[0]);
-                    bytes(&units[1..], &mut out.q);
+                    Q::bytes(&units[1..], out.q.parts());
                 }
             }
             Self::Q4_0 => {
-                for (units, out) in units.chunks_exact(per_block).zip(out) {
+                for (units, out) in blocks.zip(out) {
                     out.scale = halves(&units[0]);
-                    let (low, high) = out.q.split_at_mut(PAIRS / 2);
-                    nibbles(&units[1..], low, high, 8);
+                    let (low, high) = in_halves(out.q.parts());
+                    Q::nibbles(&units[1..], low, high, 8);
                 }
             }
             Self::Q4_1 => {
-                for (units, out) in units.chunks_exact(per_block).zip(out) {
+                for (units, out) in blocks.zip(out) {
                     out.scale = halves(&units[0]);
                     out.offset = halves(&units[1]);
-                    let (low, high) = out.q.split_at_mut(PAIRS / 2);
-                    nibbles(&units[2..], low, high, 0);
+                    let (low, high) = in_halves(out.q.parts());
+                    Q::nibbles(&units[2..], low, high, 0);
                 }
             }
             Self::Q4K => {
-                for (units, out) in units.chunks_exact(per_block).zip(out.as_chunks_mut::<8>().0) {
+                for (units, out) in blocks.zip(out.as_chunks_mut::<8>().0) {
                     let mut scales = [[[0.0; COLUMNS]; 2]; 8];
                     q4_k_scales(units, &mut scales);
                     for (out, scales) in out.iter_mut().zip(scales) {
@@ -121,7 +123,7 @@ impl IntKind {
                     }
                     let pairs = units[8..].chunks_exact(PAIRS).zip(out.as_chunks_mut::<2>().0);
                     for (units, [low, high]) in pairs {
-                        nibbles(units, &mut low.q, &mut high.q, 0);
+                        Q::nibbles(units, low.q.parts(), high.q.parts(), 0);
                     }
                 }
             }
@@ -129,13 +131,9 @@ impl IntKind {
     }
 }
 
-/// Signed bytes.
 #[inline(always)]
-fn bytes(units: &[Unit], q: &mut [Pairs]) {
-    // One long loop: short ones of known length are unrolled before they can be vectorised.
-    for (byte, q) in units.as_flattened().iter().zip(q.as_flattened_mut()) {
-        *q = i16::from(*byte as i8);
-    }
+fn in_halves<T>(all: &mut [T]) -> (&mut [T], &mut [T]) {
+    all.split_at_mut(all.len() / 2)
 }
 
 /// A half of each column.
@@ -147,18 +145,6 @@ fn halves(unit: &Unit) -> Row {
     }
     out
 }
-
-/// Low halves of bytes to one place, high ones to another, both less `zero`.
-#[inline(always)]
-fn nibbles(units: &[Unit], low: &mut [Pairs], high: &mut [Pairs], zero: i16) {
-    let (low, high) = (low.as_flattened_mut(), high.as_flattened_mut());
-    for ((byte, low), high) in units.as_flattened().iter().zip(low).zip(high) {
-        *low = i16::from(byte & 15) - zero;
-        *high = i16::from(byte >> 4) - zero;
-    }
-}
-
-type Pairs = [i16; 2 * COLUMNS];
 
 /// The eight scales and offsets of every column: two halves that multiply 6-bit integers, packed in twelve bytes.
 #[inline(always)]
@@ -378,9 +364,10 @@ impl Panels {
     ) {
         let (n, panels) = (y.nrows(), self.out.div_ceil(COLUMNS));
         let x = match (&self.store, arithmetic) {
-            (Store::Ints(..), Arithmetic::Integers) => {
-                Prepared::Integers(QuantisedRows::new(x, n, self.width, isa))
-            }
+            (Store::Ints(..), Arithmetic::Integers) => match isa.byte_tiles(n) {
+                Some(tiles) => Prepared::Bytes(ByteRows::new(tiles, x, n, self.width)),
+                None => Prepared::Integers(QuantisedRows::new(x, n, self.width, isa)),
+            },
             _ => Prepared::Floats(FloatRows::new(matrix::rows(x, n, self.width), isa)),
         };
         let finish = Finish { output: Output::Replace, alpha: 1.0, bias };
@@ -427,7 +414,16 @@ impl Panels {
                     x.times(isa, *kind, units, blocks, sums);
                 }
             }
-            (_, Prepared::Integers(_)) => unreachable!("integers of x for floats"),
+            (Store::Ints(kind, units), Prepared::Bytes(x)) => {
+                let of_bytes = room.of_bytes.get_or_insert_default();
+                for (panel, sums) in group.zip(room.sums.chunks_exact_mut(x.n)) {
+                    let units = &units[panel * units_of(*kind, width)..];
+                    x.times(isa, *kind, units, of_bytes, sums);
+                }
+            }
+            (_, Prepared::Integers(_) | Prepared::Bytes(_)) => {
+                unreachable!("integers of x for floats")
+            }
         }
     }
 
@@ -441,6 +437,7 @@ impl Panels {
 enum Prepared {
     Floats(FloatRows),
     Integers(QuantisedRows),
+    Bytes(ByteRows),
 }
 
 /// What tasks work with, one after the other.
@@ -450,12 +447,14 @@ struct Room {
     /// A panel's weights in f32, where they have to be unpacked.
     weights: Vec<Row>,
     /// The same as integers, a chunk at a time.
-    blocks: Option<Blocks>,
+    blocks: Option<Blocks<Pairs>>,
+    /// What tiles of bytes need.
+    of_bytes: Option<int_tiles::Room>,
 }
 
 impl Room {
     fn new(sums: usize) -> Self {
-        Self { sums: vec![[0.0; COLUMNS]; sums], weights: Vec::new(), blocks: None }
+        Self { sums: vec![[0.0; COLUMNS]; sums], weights: Vec::new(), blocks: None, of_bytes: None }
     }
 }
 
@@ -517,7 +516,7 @@ fn halves_of(rows: &[[u16; COLUMNS]], out: &mut [Row]) {
 
 /// The panel that `units` begin with in f32, a row of columns for each of its positions.
 fn unpack_floats(isa: Isa, kind: IntKind, units: &[Unit], out: &mut [Row]) {
-    let mut blocks = Blocks::default();
+    let mut blocks = Blocks::<Pairs>::default();
     let units = units.chunks(units_of(kind, INT_CHUNK));
     for (out, units) in out.chunks_mut(INT_CHUNK).zip(units) {
         let units = &units[..units_of(kind, out.len())];
@@ -656,7 +655,14 @@ impl QuantisedRows {
     }
 
     /// Adds the product with the panel that `units` begin with to `out`.
-    fn times(&self, isa: Isa, kind: IntKind, units: &[Unit], blocks: &mut Blocks, out: &mut [Row]) {
+    fn times(
+        &self,
+        isa: Isa,
+        kind: IntKind,
+        units: &[Unit],
+        blocks: &mut Blocks<Pairs>,
+        out: &mut [Row],
+    ) {
         let mut rest = units;
         for k in &self.chunks {
             let (units, behind) = rest.split_at(units_of(kind, k.len()));
@@ -705,27 +711,29 @@ struct Quantising<'a> {
 impl Quantising<'_> {
     fn run(self, x: &[f32], width: usize) {
         let count = self.rows.len();
-        for (r, row) in self.rows.enumerate() {
-            let blocks = x[row * width..][self.k.clone()].as_chunks::<BLOCK>().0;
-            for (b, block) in blocks.iter().enumerate() {
-                let quantised = simd(
-                    #[inline(always)]
-                    |_| Quantised::new(block),
-                );
-                let out = self.pairs[b * PAIRS * count..].iter_mut().skip(r).step_by(count);
-                for (out, pair) in out.zip(&quantised.pairs) {
-                    *out = *pair;
+        simd(
+            #[inline(always)]
+            |_| {
+                for (r, row) in self.rows.enumerate() {
+                    let blocks = x[row * width..][self.k.clone()].as_chunks::<BLOCK>().0;
+                    for (b, block) in blocks.iter().enumerate() {
+                        let quantised = Quantised::new(block);
+                        let out = self.pairs[b * PAIRS * count..].iter_mut().skip(r).step_by(count);
+                        for (out, pair) in out.zip(quantised.integers.as_chunks::<2>().0) {
+                            *out = i32::from(pair[0]) & 0xFFFF | i32::from(pair[1]) << 16;
+                        }
+                        let place = b * count + r;
+                        [self.scales[place], self.sums[place]] = quantised.scales();
+                    }
                 }
-                self.scales[b * count + r] = quantised.scale;
-                self.sums[b * count + r] = quantised.sum;
-            }
-        }
+            },
+        );
     }
 }
 
 /// A block of x as integers.
-struct Quantised {
-    pairs: [i32; PAIRS],
+pub(crate) struct Quantised {
+    pub(crate) integers: [i16; BLOCK],
     scale: f32,
     /// Of the integers, scaled.
     sum: f32,
@@ -734,48 +742,50 @@ struct Quantised {
 impl Quantised {
     /// Numbers that are not finite make the scale NaN, and so every result: nothing is hidden by rounding.
     #[inline(always)]
-    fn new(x: &[f32; BLOCK]) -> Self {
+    pub(crate) fn new(x: &[f32; BLOCK]) -> Self {
         const MOST: f32 = 32767.0;
         /// Below this everything is zero: its reciprocal would overflow.
         const LEAST: f32 = 1e-30;
-        let mut largest = 0f32;
-        let mut finite = true;
-        for x in x {
-            largest = largest.max(x.abs());
-            finite &= x.abs() <= f32::MAX;
-        }
+        /// Added to a number it leaves the nearest integer, ties to even, in the lower bits.
+        const ROUNDING: f32 = 1.5 * 8_388_608.0;
+        // Magnitudes are in the order of their bits. Integers wrap, or their sums would not be vectorised; those of numbers that are not
+        // finite do not matter.
+        let largest = x.iter().fold(0, |most, x| most.max(x.abs().to_bits()));
+        let largest = f32::from_bits(largest);
         let (scale, factor) = match () {
-            () if !finite => (f32::NAN, 0.0),
+            () if !largest.is_finite() => (f32::NAN, 0.0),
             () if largest < LEAST => (0.0, 0.0),
             () => (largest / MOST, MOST / largest),
         };
-        let mut q = [0i16; BLOCK];
+        let mut integers = [0i16; BLOCK];
         let mut total = 0i32;
-        for (q, x) in q.iter_mut().zip(x) {
-            let rounded = (x * factor).round_ties_even() as i32;
+        for (q, x) in integers.iter_mut().zip(x) {
+            let rounded = (x * factor + ROUNDING).to_bits().wrapping_sub(ROUNDING.to_bits());
             *q = rounded as i16;
-            total += rounded;
+            total = total.wrapping_add(rounded as i32);
         }
-        let mut pairs = [0i32; PAIRS];
-        for (pair, q) in pairs.iter_mut().zip(q.as_chunks::<2>().0) {
-            *pair = i32::from(q[0]) & 0xFFFF | i32::from(q[1]) << 16;
-        }
-        Self { pairs, scale, sum: scale * total as f32 }
+        Self { integers, scale, sum: scale * total as f32 }
+    }
+
+    /// What products need besides the integers: their scale, and their sum, scaled.
+    #[inline(always)]
+    pub(crate) fn scales(&self) -> [f32; 2] {
+        [self.scale, self.sum]
     }
 }
 
 /// Room for the unpacked blocks of a chunk.
-struct Blocks(Box<[Ints; CHUNK_BLOCKS]>);
+pub(crate) struct Blocks<Q>(Box<[Ints<Q>; CHUNK_BLOCKS]>);
 
-impl Default for Blocks {
+impl<Q: Integers> Default for Blocks<Q> {
     fn default() -> Self {
         Self(Box::new([Ints::EMPTY; CHUNK_BLOCKS]))
     }
 }
 
-impl Blocks {
+impl<Q: Integers> Blocks<Q> {
     /// The blocks that `units` hold, a chunk or less.
-    fn unpack(&mut self, isa: Isa, kind: IntKind, units: &[Unit]) -> &[Ints] {
+    pub(crate) fn unpack(&mut self, isa: Isa, kind: IntKind, units: &[Unit]) -> &[Ints<Q>] {
         let blocks = units.len() * 2 / kind.bytes() * kind.positions() / BLOCK;
         let out = &mut self.0[..blocks];
         isa.compile(
@@ -793,7 +803,7 @@ fn units_of_panel(kind: IntKind, width: usize, units: &[Unit], panel: usize) -> 
 }
 
 /// Units of `positions` along k.
-fn units_of(kind: IntKind, positions: usize) -> usize {
+pub(crate) fn units_of(kind: IntKind, positions: usize) -> usize {
     kind.row_bytes(positions) / 2
 }
 
@@ -993,10 +1003,10 @@ mod tests {
     fn numbers_too_small_for_a_scale_are_zero() {
         for x in [0.0, 1e-31, -1e-38] {
             let block = Quantised::new(&[x; BLOCK]);
-            assert_eq!((block.scale, block.sum, block.pairs), (0.0, 0.0, [0; PAIRS]));
+            assert_eq!((block.scale, block.sum, block.integers), (0.0, 0.0, [0; BLOCK]));
         }
         let block = Quantised::new(&[-1e-20; BLOCK]);
-        assert_eq!(block.pairs[0] as i16, -32767);
+        assert_eq!(block.integers[0], -32767);
         assert!((block.sum / (-32.0 * 1e-20) - 1.0).abs() < 1e-6);
     }
 }

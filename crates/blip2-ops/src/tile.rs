@@ -12,6 +12,7 @@ use std::ops::Range;
 use std::sync::OnceLock;
 
 use crate::host::simd;
+use crate::int_tiles::ByteTiles;
 
 pub(crate) use packed::{Packed, PackedIsa, floats_of_packed, ints_of_bytes, ints_of_nibbles};
 
@@ -30,7 +31,11 @@ pub(crate) type Row = [f32; COLUMNS];
 
 /// A set of instructions that kernels are written for, and that this machine has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Isa(Set);
+pub(crate) struct Isa {
+    set: Set,
+    /// Besides `set`.
+    byte_tiles: Option<ByteTiles>,
+}
 
 /// Only [`Isa::available`] makes an [`Isa`] of one: it has asked the processor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,29 +59,34 @@ impl Isa {
     /// All that this machine has, best first.
     pub(crate) fn available() -> Vec<Self> {
         let mut found = Vec::new();
+        let plain = |set| Isa { set, byte_tiles: None };
         #[cfg(target_arch = "x86_64")]
         {
             if is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512vnni")
             {
-                found.push(Self(Set::Avx512));
+                let byte_tiles = ByteTiles::detect();
+                if byte_tiles.is_some() {
+                    found.push(Self { set: Set::Avx512, byte_tiles });
+                }
+                found.push(plain(Set::Avx512));
             }
             if is_x86_feature_detected!("avx2")
                 && is_x86_feature_detected!("fma")
                 && is_x86_feature_detected!("f16c")
             {
-                found.push(Self(Set::Avx2));
+                found.push(plain(Set::Avx2));
             }
         }
-        found.push(Self(Set::Portable));
+        found.push(plain(Set::Portable));
         found
     }
 
     /// Runs `f`, which is plain Rust, compiled for these instructions (it must be `#[inline(always)]`).
     #[inline(always)]
     pub(crate) fn compile(self, f: impl FnOnce()) {
-        match self.0 {
+        match self.set {
             // SAFETY: `available` has asked the processor for these instructions.
             #[cfg(target_arch = "x86_64")]
             #[expect(unsafe_code, reason = "instructions chosen at run time")]
@@ -90,7 +100,7 @@ impl Isa {
 
     /// Most rows of a tile of floats: as many sums as registers hold.
     pub(crate) fn float_rows(self) -> usize {
-        match self.0 {
+        match self.set {
             Set::Avx512 => 14,
             Set::Avx2 => 6,
             Set::Portable => 4,
@@ -99,15 +109,20 @@ impl Isa {
 
     /// Whether tiles of floats are known to be as fast as the products of a library.
     pub(crate) fn has_wide_tiles(self) -> bool {
-        matches!(self.0, Set::Avx512)
+        matches!(self.set, Set::Avx512)
     }
 
     /// Most rows of a tile of integers, which has two sums for each result.
     pub(crate) fn int_rows(self) -> usize {
-        match self.0 {
+        match self.set {
             Set::Avx512 => 6,
             Set::Avx2 | Set::Portable => 2,
         }
+    }
+
+    /// Tiles of bytes, where there are some, for more rows than a tile of integers has.
+    pub(crate) fn byte_tiles(self, rows: usize) -> Option<ByteTiles> {
+        self.byte_tiles.filter(|_| rows > self.int_rows())
     }
 }
 
@@ -137,24 +152,72 @@ pub(crate) fn part_of(n: usize, i: usize, count: usize) -> Range<usize> {
 }
 
 /// A block of quantised weights: integers, and what turns them into numbers.
-pub(crate) struct Ints {
-    /// Of each pair of positions, each column's two weights.
-    pub(crate) q: [[i16; 2 * COLUMNS]; PAIRS],
+#[repr(C, align(64))]
+pub(crate) struct Ints<Q = Pairs> {
+    pub(crate) q: Q,
     /// A weight is `scale q + offset`.
     pub(crate) scale: Row,
     pub(crate) offset: Row,
 }
 
-impl Ints {
+/// Of each pair of positions, each column's two weights.
+pub(crate) type Pairs = [[i16; 2 * COLUMNS]; PAIRS];
+
+/// The integers of a block as a kernel reads them.
+pub(crate) trait Integers {
+    const EMPTY: Self;
+
+    /// Those of a few neighbouring positions.
+    type Part;
+
+    /// All of them.
+    fn parts(&mut self) -> &mut [Self::Part];
+
+    /// Reads signed bytes.
+    fn bytes(units: &[Unit], out: &mut [Self::Part]);
+
+    /// Reads low halves of bytes to one place, high ones to another, both less `zero`.
+    fn nibbles(units: &[Unit], low: &mut [Self::Part], high: &mut [Self::Part], zero: i8);
+}
+
+impl Integers for Pairs {
+    const EMPTY: Self = [[0; 2 * COLUMNS]; PAIRS];
+
+    type Part = [i16; 2 * COLUMNS];
+
+    #[inline(always)]
+    fn parts(&mut self) -> &mut [Self::Part] {
+        self
+    }
+
+    #[inline(always)]
+    fn bytes(units: &[Unit], out: &mut [Self::Part]) {
+        // One long loop: short ones of known length are unrolled before they can be vectorised.
+        for (byte, q) in units.as_flattened().iter().zip(out.as_flattened_mut()) {
+            *q = i16::from(*byte as i8);
+        }
+    }
+
+    #[inline(always)]
+    fn nibbles(units: &[Unit], low: &mut [Self::Part], high: &mut [Self::Part], zero: i8) {
+        let (low, high) = (low.as_flattened_mut(), high.as_flattened_mut());
+        for ((byte, low), high) in units.as_flattened().iter().zip(low).zip(high) {
+            *low = i16::from(byte & 15) - i16::from(zero);
+            *high = i16::from(byte >> 4) - i16::from(zero);
+        }
+    }
+}
+
+impl<Q: Integers> Ints<Q> {
     /// A block to unpack into.
     pub(crate) const EMPTY: Self =
-        Self { q: [[0; 2 * COLUMNS]; PAIRS], scale: [0.0; COLUMNS], offset: [0.0; COLUMNS] };
+        Self { q: Q::EMPTY, scale: [0.0; COLUMNS], offset: [0.0; COLUMNS] };
 }
 
 /// `out (R, 32) += a (k, R) · w (k, 32)`; `a` lies k by k. At most [`Isa::float_rows`] rows. `next` is what will be multiplied
 /// soon; memory is asked for it meanwhile.
 pub(crate) fn floats(isa: Isa, a: &[f32], w: Floats<'_>, next: Floats<'_>, out: &mut [Row]) {
-    match isa.0 {
+    match isa.set {
         // SAFETY: `available` has asked the processor for these instructions.
         #[cfg(target_arch = "x86_64")]
         #[expect(unsafe_code, reason = "instructions chosen at run time")]
@@ -180,7 +243,7 @@ pub(crate) struct IntRows<'a> {
 
 /// `out (R, 32) += x · w` block after block. At most [`Isa::int_rows`] rows. `offsets`: whether weights have any.
 pub(crate) fn ints(isa: Isa, x: IntRows<'_>, w: &[Ints], offsets: bool, out: &mut [Row]) {
-    match isa.0 {
+    match isa.set {
         // SAFETY: `available` has asked the processor for these instructions.
         #[cfg(target_arch = "x86_64")]
         #[expect(unsafe_code, reason = "instructions chosen at run time")]
@@ -226,7 +289,7 @@ mod packed {
         /// Kernels that read packed integers, where there are some: for so few rows that unpacking to memory first would cost more
         /// than the products.
         pub(crate) fn packed(self, rows: usize) -> Option<PackedIsa> {
-            match self.0 {
+            match self.set {
                 #[cfg(target_arch = "x86_64")]
                 Set::Avx512 if rows <= self.int_rows() => Some(PackedIsa(PackedSet::Avx512)),
                 _ => None,
@@ -454,7 +517,7 @@ pub(crate) mod x86 {
     }
 
     #[target_feature(enable = "avx512f")]
-    fn store16(row: &mut Row, i: usize, value: __m512) {
+    pub(crate) fn store16(row: &mut Row, i: usize, value: __m512) {
         let part = &mut row.as_chunks_mut::<16>().0[i];
         // SAFETY: it writes the 16 numbers of `part`, at any address.
         #[expect(unsafe_code, reason = "vectors are stored through pointers")]
@@ -555,13 +618,17 @@ pub(crate) mod x86 {
     /// Asks for `row` to be brought to the second-level cache.
     #[inline(always)]
     fn ask<T>(row: &[T; 32]) {
-        for line in row.chunks(LINE / size_of::<T>()) {
-            let place: *const T = &line[0];
-            // SAFETY: an address that is only asked for may be any.
-            #[expect(unsafe_code, reason = "a hint takes a pointer")]
-            unsafe {
-                _mm_prefetch::<_MM_HINT_T1>(place.cast());
-            }
+        row.chunks(LINE / size_of::<T>()).for_each(|line| ask_for(&line[0]));
+    }
+
+    /// Asks for the line of memory with `place` to be brought to the second-level cache.
+    #[inline(always)]
+    pub(crate) fn ask_for<T>(place: &T) {
+        let place: *const T = place;
+        // SAFETY: an address that is only asked for may be any.
+        #[expect(unsafe_code, reason = "a hint takes a pointer")]
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T1>(place.cast());
         }
     }
 
@@ -806,7 +873,7 @@ pub(crate) mod x86 {
 
     /// A block's integer sums, scaled by weight and by x, added to the results.
     #[target_feature(enable = "avx512f")]
-    fn scaled(total: __m512i, scale: __m512, x: f32, result: __m512) -> __m512 {
+    pub(crate) fn scaled(total: __m512i, scale: __m512, x: f32, result: __m512) -> __m512 {
         let factor = _mm512_mul_ps(scale, _mm512_set1_ps(x));
         _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), factor, result)
     }
