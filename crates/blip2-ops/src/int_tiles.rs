@@ -55,7 +55,12 @@ impl Line {
 
     #[inline(always)]
     fn new(integers: &[i16; BLOCK]) -> Self {
-        Self { upper: integers.map(|q| (q >> 8) as i8), lower: integers.map(|q| q as u8) }
+        let mut line = Self::EMPTY;
+        for ((upper, lower), q) in line.upper.iter_mut().zip(&mut line.lower).zip(integers) {
+            *upper = (q >> 8) as i8;
+            *lower = *q as u8;
+        }
+        line
     }
 }
 
@@ -85,12 +90,24 @@ impl Integers for Quads {
     #[inline(always)]
     fn nibbles(units: &[Unit], low: &mut [Quad], high: &mut [Quad], zero: i8) {
         for (([first, second], low), high) in units.as_chunks::<2>().0.iter().zip(low).zip(high) {
-            let lower = |unit: &Unit| unit.map(|byte| ((byte & 15) as i8 - zero) as u8);
-            let upper = |unit: &Unit| unit.map(|byte| ((byte >> 4) as i8 - zero) as u8);
-            interleave(&lower(first), &lower(second), low);
-            interleave(&upper(first), &upper(second), high);
+            let ([first, of_first], [second, of_second]) =
+                (halves(first, zero), halves(second, zero));
+            interleave(&first, &second, low);
+            interleave(&of_first, &of_second, high);
         }
     }
+}
+
+/// The lower halves of bytes, and the upper ones, less `zero`.
+#[inline(always)]
+fn halves(unit: &Unit, zero: i8) -> [Unit; 2] {
+    let mut halves = [[0; 2 * COLUMNS]; 2];
+    let [low, high] = &mut halves;
+    for ((low, high), byte) in low.iter_mut().zip(high).zip(unit) {
+        *low = ((byte & 15) as i8 - zero) as u8;
+        *high = ((byte >> 4) as i8 - zero) as u8;
+    }
+    halves
 }
 
 /// Two positions, then the next two, of each column.
@@ -348,7 +365,7 @@ mod x86 {
                 }
             };
         }
-        by_height!(7 8 9 10 11 12 13 14 15 16)
+        by_height!(7 8 9 10 11 12 13 14 15 16);
     }
 
     /// [`multiply`] for tiles of R rows.
