@@ -2,6 +2,8 @@
 
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, bail};
 
+use crate::gemm::Output;
+use crate::gradients;
 use crate::host::{self, Host};
 
 const NAME: &str = "embedding";
@@ -50,15 +52,18 @@ impl CustomOp1 for Embedding {
 
     fn bwd(&self, table: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let g = Host::new(NAME, grad)?;
-        let (vocab, d) = table.dims2()?;
-        let mut dt = vec![0f32; vocab * d];
-        // In the order of the ids: the same sum whatever the threads do.
-        for (i, &id) in self.ids.iter().enumerate() {
-            let row = &mut dt[id as usize * d..][..d];
-            for (r, g) in row.iter_mut().zip(&g[i * d..][..d]) {
-                *r += g;
+        let d = table.dims()[1];
+        gradients::of_weight(table, |sums, output, share| {
+            if matches!(output, Output::Replace) {
+                sums.fill(0.0);
             }
-        }
-        Ok(Some(host::tensor(dt, (vocab, d))?))
+            // In the order of the ids: the same sum whatever the threads do.
+            for (i, &id) in self.ids.iter().enumerate() {
+                let row = &mut sums[id as usize * d..][..d];
+                for (r, g) in row.iter_mut().zip(&g[i * d..][..d]) {
+                    *r += share * g;
+                }
+            }
+        })
     }
 }

@@ -18,6 +18,7 @@
 //! | `norm.rs` | [`layer_norm`], [`rms_norm`], [`l2_normalize`] |
 //! | `activation.rs` | [`gelu`], [`gelu_tanh`], [`quick_gelu`], [`relu`], [`silu_gate`], [`add`] |
 //! | `rope.rs`, `embedding.rs` | [`rope`], [`embedding`] |
+//! | `gradients.rs` | [`FlatGradients`]: where gradients of trained weights are summed |
 //! | `loss.rs` | [`cross_entropy`], [`soft_cross_entropy`] |
 //! | `dropout.rs` | [`dropout`], and [`Dropout`], the stream of its keys |
 //! | `comm.rs` | [`Communicator`], [`all_gather`] |
@@ -45,6 +46,7 @@ mod factor;
 mod float_tiles;
 mod frozen;
 mod gemm;
+mod gradients;
 mod host;
 mod int_tiles;
 mod linear;
@@ -66,6 +68,7 @@ pub use comm::{Communicator, SingleProcess, all_gather};
 pub use dropout::{Dropout, DropoutKey, dropout};
 pub use embedding::embedding;
 pub use frozen::{FrozenWeight, WeightFormat, frozen_linear, is_finite};
+pub use gradients::FlatGradients;
 pub use host::on_computing_thread;
 pub use linear::linear;
 pub use loss::{IGNORE, cross_entropy, log_sum_exp, soft_cross_entropy};

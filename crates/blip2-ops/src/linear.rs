@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
 use crate::gemm::{self, Output, Threads, product};
+use crate::gradients;
 use crate::host::{self, Host};
 use crate::work;
 
@@ -101,11 +102,11 @@ impl Linear {
         };
         let dw = if weight.track_op() {
             let x = Host::new(NAME, x)?;
-            let mut dw = vec![0f32; d_out * d_in];
-            let out = gemm::rows_mut(&mut dw, d_out, d_in);
-            let x = gemm::rows(&x, n, d_in);
-            product(out, Output::Replace, 1.0, dy.transpose(), x, Threads::All);
-            Some(host::tensor(dw, (d_out, d_in))?)
+            gradients::of_weight(weight, |dw, output, share| {
+                let out = gemm::rows_mut(dw, d_out, d_in);
+                let x = gemm::rows(&x, n, d_in);
+                product(out, output, share, dy.transpose(), x, Threads::All);
+            })?
         } else {
             None
         };

@@ -152,7 +152,9 @@ fn time(
         gradients.clear();
         // As the trainer does.
         let grads = on_computing_thread(|| {
-            Ok::<_, blip2_train::Error>(loss(&Dropout::new(step))?.backward()?)
+            gradients.collect(1.0, || {
+                Ok::<_, blip2_train::Error>(loss(&Dropout::new(step))?.backward()?)
+            })
         })?;
         gradients.add(params, &grads, 1.0)?;
         let scale = clip_factor(gradients.norm()?, 1.0);

@@ -9,15 +9,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use blip2::params::ParamStore;
-use blip2_ops::{Communicator, adamw_step, sum_of_squares};
+use blip2_ops::{Communicator, FlatGradients, adamw_step, sum_of_squares};
 use candle_core::backprop::GradStore;
-use candle_core::{CpuStorage, DType, Device, InplaceOp2, Layout, Tensor};
-use rayon::prelude::*;
+use candle_core::{Device, Tensor};
 
 use crate::{Error, Result};
-
-/// Elements per parallel piece.
-const PIECE: usize = 1 << 15;
 
 /// Whether weight decay acts on the parameter `name` with dimensions `dims`.
 #[must_use]
@@ -47,8 +43,7 @@ fn slots(params: &ParamStore) -> Vec<Slot> {
 /// The gradients of all parameters in one flat buffer, averaged over micro-batches and ranks, with the loss.
 #[derive(Debug)]
 pub struct Gradients {
-    slots: Vec<Slot>,
-    flat: Tensor,
+    flat: FlatGradients,
     loss: f32,
     empty: bool,
 }
@@ -59,30 +54,39 @@ impl Gradients {
     /// # Errors
     /// Only if memory can't be had.
     pub fn new(params: &ParamStore) -> Result<Self> {
-        let slots = slots(params);
-        let len = slots.iter().map(|slot| slot.len).sum::<usize>();
-        let flat = Tensor::zeros(len, DType::F32, &Device::Cpu)?;
-        Ok(Self { slots, flat, loss: 0.0, empty: true })
+        let flat = FlatGradients::new(params.vars().map(|(_, var)| var.as_tensor()))?;
+        Ok(Self { flat, loss: 0.0, empty: true })
     }
 
     /// Forgets everything.
     pub fn clear(&mut self) {
+        self.flat.clear();
         self.empty = true;
         self.loss = 0.0;
+    }
+
+    /// Runs `step`, of a micro-batch, whose backward pass adds `share` of most gradients right here. The others, which `step` has to
+    /// bring out, come by [`Self::add`] after it.
+    pub fn collect<R>(&mut self, share: f32, step: impl FnOnce() -> R) -> R {
+        self.flat.collect(share, step)
     }
 
     /// Adds `share` of a micro-batch: the gradients that its backward pass left in `grads`.
     ///
     /// # Errors
-    /// If a parameter got no gradient: it would silently stay untrained.
+    /// If a parameter got no gradient, there or in [`Self::collect`]: it would silently stay untrained.
     pub fn add(&mut self, params: &ParamStore, grads: &GradStore, share: f32) -> Result<()> {
-        let add = AddScaled { share, replace: self.empty };
-        for (slot, (name, var)) in self.slots.iter().zip(params.vars()) {
-            let grad = grads.get(var).ok_or_else(|| {
-                Error::Training(format!("the trained parameter {name} got no gradient"))
-            })?;
-            let grad = grad.flatten_all()?.contiguous()?;
-            self.flat.narrow(0, slot.start, slot.len)?.inplace_op2(&grad, &add)?;
+        for (name, var) in params.vars() {
+            let was_given = self.flat.was_given(var);
+            match grads.get(var) {
+                Some(grad) => self.flat.add(var, grad, share)?,
+                None if was_given => {}
+                None => {
+                    return Err(Error::Training(format!(
+                        "the trained parameter {name} got no gradient"
+                    )));
+                }
+            }
         }
         self.empty = false;
         Ok(())
@@ -101,7 +105,7 @@ impl Gradients {
     pub fn average(&mut self, ranks: &Arc<dyn Communicator>) -> Result<()> {
         let world = ranks.world();
         if world > 1 {
-            self.flat = (ranks.all_reduce_sum(&self.flat)? / world as f64)?;
+            self.flat.set((ranks.all_reduce_sum(self.flat())? / world as f64)?)?;
             let loss = ranks.all_reduce_sum(&Tensor::new(&[self.loss], &Device::Cpu)?)?;
             self.loss = loss.to_vec1::<f32>()?.iter().sum::<f32>() / world as f32;
         }
@@ -119,49 +123,13 @@ impl Gradients {
     /// # Errors
     /// Only if a tensor operation fails.
     pub fn norm(&self) -> Result<f64> {
-        Ok(if self.empty { 0.0 } else { sum_of_squares(&self.flat)?.sqrt() })
+        Ok(if self.empty { 0.0 } else { sum_of_squares(self.flat())?.sqrt() })
     }
 
     /// The flat gradients, in the order of the parameters' names.
     #[must_use]
     pub fn flat(&self) -> &Tensor {
-        &self.flat
-    }
-}
-
-/// `self += share · other`, or `self = share · other`.
-struct AddScaled {
-    share: f32,
-    replace: bool,
-}
-
-impl InplaceOp2 for AddScaled {
-    fn name(&self) -> &'static str {
-        "add_scaled"
-    }
-
-    fn cpu_fwd(
-        &self,
-        into: &mut CpuStorage,
-        into_layout: &Layout,
-        from: &CpuStorage,
-        from_layout: &Layout,
-    ) -> candle_core::Result<()> {
-        let ranges = (into_layout.contiguous_offsets(), from_layout.contiguous_offsets());
-        let (CpuStorage::F32(into), CpuStorage::F32(from)) = (into, from) else {
-            candle_core::bail!("gradients must be f32");
-        };
-        let (Some((a, b)), Some((c, d))) = ranges else {
-            candle_core::bail!("gradients must be contiguous");
-        };
-        let share = self.share;
-        let pieces = into[a..b].par_chunks_mut(PIECE).zip(from[c..d].par_chunks(PIECE));
-        if self.replace {
-            pieces.for_each(|(x, y)| x.iter_mut().zip(y).for_each(|(x, y)| *x = share * y));
-        } else {
-            pieces.for_each(|(x, y)| x.iter_mut().zip(y).for_each(|(x, y)| *x += share * y));
-        }
-        Ok(())
+        self.flat.flat()
     }
 }
 
@@ -263,7 +231,7 @@ impl AdamW {
                 )));
             }
             let range = slot.start..slot.start + slot.len;
-            let grad = gradients.flat.narrow(0, slot.start, slot.len)?;
+            let grad = gradients.flat().narrow(0, slot.start, slot.len)?;
             let grad = grad.reshape(slot.dims.as_slice())?;
             let decay = decays(name, &slot.dims);
             numbers.weight_decay = if decay { self.config.weight_decay } else { 0.0 };

@@ -470,7 +470,8 @@ impl<'a, T: Task> Trainer<'a, T> {
             let batch = batches.next()?;
             waited += before.elapsed();
             let draws = Draws::new(self.recipe.seed, self.step, micro, self.order.rank);
-            let step = || self.task.step(&batch, draws, &self.run.ranks);
+            let (task, ranks) = (&self.task, &self.run.ranks);
+            let mut step = || self.gradients.collect(share, || task.step(&batch, draws, ranks));
             // Ranks wait for each other, and where several are in one process, they must not fill all threads with that.
             let alone = self.run.ranks.world() == 1;
             let output = if alone { on_computing_thread(step) } else { step() }?;
