@@ -91,23 +91,16 @@ pub(crate) struct Matrix<'a>(pub(crate) Rows<'a>);
 
 impl Factor for Matrix<'_> {
     fn rows<'m>(&'m self, panel: usize, k: Range<usize>, memory: &'m mut [Row]) -> &'m [Row] {
-        self.copy(panel, k, memory);
-        memory
-    }
-}
-
-impl Matrix<'_> {
-    /// Writes positions `k` of panel `panel` to `memory`, as [`Factor::rows`] does.
-    pub(crate) fn copy(&self, panel: usize, k: Range<usize>, memory: &mut [Row]) {
         let first = panel * COLUMNS;
         let block = self.0.get(k, first..self.0.ncols().min(first + COLUMNS));
         if block.col_stride() == 1 {
             copy_lines(block, memory);
-            return;
+            return memory;
         }
         for (i, memory) in memory.chunks_mut(STEP).enumerate() {
             turn_lines(block.subrows(i * STEP, memory.len()).transpose(), memory);
         }
+        memory
     }
 }
 

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use crate::factor::{Finish, Matrix, STRIDES, chunks, lengthen, pieces, write};
+use crate::factor::{Factor, Finish, STRIDES, chunks, lengthen, pieces, write};
 use crate::host;
 use crate::matrix::{Output, Rows, RowsMut};
 use crate::tile::{self, COLUMNS, Floats, Isa, Row, part_of};
@@ -27,8 +27,8 @@ const MOST_NUMBERS: usize = 8 << 20;
 /// Tiles of a that are multiplied with all panels of a task before the next: a chunk of them fits the second-level cache.
 const TILES: usize = 16;
 
-/// `out (m,n) [+]= alpha * a (m,k) · b (k,n)`; a and b have a contiguous dimension, out's is its columns.
-pub(crate) fn product(out: RowsMut<'_>, output: Output, alpha: f32, a: Rows<'_>, b: &Matrix<'_>) {
+/// `out (m,n) [+]= alpha * a (m,k) · b (k,n)`; a has a contiguous dimension, out's is its columns.
+pub(crate) fn product(out: RowsMut<'_>, output: Output, alpha: f32, a: Rows<'_>, b: &impl Factor) {
     let finish = Finish { output, alpha, bias: None };
     let most_rows = (MOST_NUMBERS / a.ncols()).clamp(TILES * TILES, MOST_ROWS);
     let mut rest = out;
@@ -57,19 +57,19 @@ struct Scratch {
 
 impl Scratch {
     /// Sums of all rows of a with `panels` of b.
-    fn sum(&mut self, a: &FloatRows, b: &Matrix<'_>, panels: Range<usize>) {
+    fn sum(&mut self, a: &FloatRows, b: &impl Factor, panels: Range<usize>) {
         let (isa, Self { weights, sums }) = (Isa::best(), self);
         lengthen(weights, panels.len() * CHUNK, [0.0; COLUMNS]);
         lengthen(sums, panels.len() * a.n, [0.0; COLUMNS]);
         sums[..panels.len() * a.n].fill([0.0; COLUMNS]);
         for k in &a.chunks {
-            for (panel, weights) in panels.clone().zip(weights.chunks_exact_mut(CHUNK)) {
-                b.copy(panel, k.clone(), &mut weights[..k.len()]);
-            }
+            let places = panels.clone().zip(weights.chunks_exact_mut(CHUNK));
+            let weights: Vec<_> = places
+                .map(|(panel, place)| b.rows(panel, k.clone(), &mut place[..k.len()]))
+                .collect();
             for tiles in a.tiles.chunks(TILES) {
-                let weights = weights.chunks_exact(CHUNK).take(panels.len());
-                for (weights, sums) in weights.zip(sums.chunks_exact_mut(a.n)) {
-                    let weights = Floats::F32(&weights[..k.len()]);
+                for (weights, sums) in weights.iter().zip(sums.chunks_exact_mut(a.n)) {
+                    let weights = Floats::F32(weights);
                     for rows in tiles {
                         let sums = &mut sums[rows.clone()];
                         tile::floats(isa, a.part(k, rows), weights, Floats::NONE, sums);
@@ -225,6 +225,7 @@ impl Drop for FloatRows {
 mod tests {
     use super::*;
     use crate::bf16::tests::numbers;
+    use crate::factor::Matrix;
     use crate::factor::tests::view;
     use crate::host::simd;
     use crate::matrix;

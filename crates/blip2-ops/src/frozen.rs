@@ -18,6 +18,7 @@ use rayon::prelude::*;
 use crate::bf16::FrozenPanels;
 use crate::bf16_tiles;
 use crate::factor::Finish;
+use crate::float_tiles;
 use crate::gemm::{self, Output, Rows, RowsMut, Threads, Way, product};
 use crate::host::{self, Host};
 use crate::linear::{check_bias, fill_rows, out_shape};
@@ -473,15 +474,22 @@ impl FrozenLinear {
         let (out, width) = self.weight.shape();
         work::read(self.weight.bytes());
         let mut dx = vec![0f32; n * width];
-        if let (Store::Panels(panels), Way::Tiles(amx)) =
-            (&self.weight.inner.store, Way::of(n, out, width))
-        {
-            work::product(n, out, width);
-            let dx_rows = gemm::rows_mut(&mut dx, n, width);
-            let finish = Finish { output: Output::Replace, alpha: 1.0, bias: None };
-            let dy = gemm::rows(dy, n, out);
-            bf16_tiles::product(Some(amx), dx_rows, finish, dy, &Turned(panels));
-            return Ok(dx);
+        if let Store::Panels(panels) = &self.weight.inner.store {
+            let (dx_rows, dy) = (gemm::rows_mut(&mut dx, n, width), gemm::rows(dy, n, out));
+            match Way::of(n, out, width) {
+                Way::Tiles(amx) => {
+                    work::product(n, out, width);
+                    let finish = Finish { output: Output::Replace, alpha: 1.0, bias: None };
+                    bf16_tiles::product(Some(amx), dx_rows, finish, dy, &Turned(panels));
+                    return Ok(dx);
+                }
+                Way::Floats if panels.are_floats() && gemm::has_float_tiles(n, out, width) => {
+                    work::product(n, out, width);
+                    float_tiles::product(dx_rows, Output::Replace, 1.0, dy, &Turned(panels));
+                    return Ok(dx);
+                }
+                Way::Floats | Way::Vectors => {}
+            }
         }
         let mut blocks = Blocks::new(&self.weight, n)?;
         let step = blocks.reader.step();

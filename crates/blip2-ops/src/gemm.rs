@@ -50,6 +50,16 @@ fn is_thick(m: usize, k: usize, n: usize) -> bool {
     m.min(k).min(n) >= THINNEST
 }
 
+/// Whether threads share the work of such a product.
+fn is_large(m: usize, k: usize, n: usize) -> bool {
+    m * k * n >= PARALLEL_FROM
+}
+
+/// Whether all threads together are fastest by tiles of floats.
+pub(crate) fn has_float_tiles(m: usize, k: usize, n: usize) -> bool {
+    is_large(m, k, n) && is_thick(m, k, n) && Isa::best().has_wide_tiles()
+}
+
 /// `out (m,n) [+]= alpha * a (m,k) · b (k,n)`; pass `.transpose()` views as needed.
 pub(crate) fn product(
     out: RowsMut<'_>,
@@ -71,10 +81,10 @@ pub(crate) fn product(
     }
     let (m, k, n) = (out.nrows(), a.ncols(), out.ncols());
     work::product(m, k, n);
-    let parallel = threads == Threads::All && m * k * n >= PARALLEL_FROM;
+    let parallel = threads == Threads::All && is_large(m, k, n);
     if threads == Threads::All && lie_well(&out, a, b) {
         match Way::of(m, k, n) {
-            Way::Floats if parallel && is_thick(m, k, n) && Isa::best().has_wide_tiles() => {
+            Way::Floats if has_float_tiles(m, k, n) => {
                 return float_tiles::product(out, output, alpha, a, &Matrix(b));
             }
             Way::Floats => {}

@@ -236,6 +236,11 @@ impl Panels {
         self.out * row
     }
 
+    /// Whether a position can be read without the rest of its block.
+    pub(crate) fn are_floats(&self) -> bool {
+        !matches!(self.store, Store::Ints(..))
+    }
+
     /// What weights are kept in, by its GGUF name.
     pub(crate) fn name(&self) -> &'static str {
         match &self.store {
@@ -496,7 +501,14 @@ impl Turned<'_> {
             Store::F32(_) | Store::F16(_) => (first, STEP),
         };
         let positions = block..self.0.width.min(block + step);
-        let room = &mut vec![[0f32; COLUMNS]; positions.len()];
+        let mut few = [[0f32; COLUMNS]; STEP];
+        let mut more;
+        let room = if positions.len() <= STEP {
+            &mut few[..positions.len()]
+        } else {
+            more = vec![[0f32; COLUMNS]; positions.len()];
+            &mut more
+        };
         let rows = self.0.positions(of, positions, room);
         lines[..lanes.len()].copy_from_slice(&rows[first - block..][..lanes.len()]);
         memory.copy_from_slice(&factor::turn(&lines)[..memory.len()]);
