@@ -1,5 +1,5 @@
-//! The tile instructions of a processor (AMX), and products of bf16 by them: sixteen times as many a cycle as f32. Those of integers are in
-//! `int_tiles.rs`.
+//! The tile instructions of a processor (AMX): how a thread gets its tiles, and products of bf16, sixteen times as many a cycle as of f32.
+//! Products of integers are in `int_tiles.rs`.
 //!
 //! A group of up to 32 rows of a is multiplied with 32 columns of b: two tiles of each, four of results. Sums are f32, in an
 //! order that the manual lays down (Intel's Architecture Instruction Set Extensions Reference, `TDPBF16PS`), so that
@@ -137,7 +137,7 @@ pub(crate) mod x86 {
     use crate::tile::Row;
 
     /// Rows of a tile, at most.
-    pub(crate) const TILE: usize = 16;
+    const TILE: usize = 16;
     // What `add` says in numbers.
     const _: () = assert!(size_of::<Line>() == 64 && size_of::<Pairs>() == 128);
     const _: () = assert!(size_of::<Row>() == 128 && PAIRS == TILE);
@@ -162,7 +162,8 @@ pub(crate) mod x86 {
         __cpuid_count(7, 0).edx >> bit & 1 == 1
     }
 
-    /// Whether there are tiles, and the system keeps them for this process' threads, as it has to be asked to.
+    /// Whether there are tiles, and the system keeps them for this process' threads, as it has to be asked to. From then on what it saves
+    /// for a signal takes 11 KB, so that a stack for signals must have room for it.
     fn permitted() -> bool {
         /// `ARCH_REQ_XCOMP_PERM` of Linux, and the state it is asked for.
         const REQUEST: libc::c_int = 0x1023;
@@ -197,7 +198,8 @@ pub(crate) mod x86 {
     /// Sets up this thread's tiles, unless they are so already.
     ///
     /// # Safety
-    /// Only where tiles are permitted: [`has_bf16`] or [`has_bytes`]. At most [`TILE`] rows and 64 bytes, and of both some.
+    /// Only where tiles are permitted: [`has_bf16`] or [`has_bytes`]. At most [`TILE`] rows and 64 bytes; a tile with none of
+    /// either must not be used.
     #[expect(unsafe_code, reason = "tiles are set up by an instruction")]
     pub(crate) unsafe fn set_up(tiles: Tiles) {
         if SET_UP.replace(Some(tiles)) == Some(tiles) {

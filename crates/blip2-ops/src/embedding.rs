@@ -10,7 +10,7 @@ const NAME: &str = "embedding";
 
 /// Rows `ids` (u32, any shape) of `table (vocab, d)` → `(ids…, d)`.
 ///
-/// The gradient is a dense `(vocab, d)` table. Errors: an id outside the table, ids not u32.
+/// The gradient is a dense `(vocab, d)` table, or added to one ([`crate::FlatGradients`]). Errors: an id outside the table, ids not u32.
 pub fn embedding(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
     host::check(NAME, &[table])?;
     if table.rank() != 2 {

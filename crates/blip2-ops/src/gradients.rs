@@ -20,6 +20,8 @@ const NAME: &str = "gradients";
 pub struct FlatGradients {
     flat: Tensor,
     places: HashMap<TensorId, Place>,
+    /// Of the last [`Self::collect`].
+    share: f32,
 }
 
 /// Where a weight's gradient lies.
@@ -48,50 +50,63 @@ impl FlatGradients {
     /// Room for the gradients of `weights`, in their order.
     ///
     /// # Errors
-    /// Only if memory can't be had.
+    /// If a weight is there twice.
     pub fn new<'a>(weights: impl IntoIterator<Item = &'a Tensor>) -> Result<Self> {
         let mut places = HashMap::new();
         let mut start = 0;
         for weight in weights {
             let len = weight.elem_count();
             let place = Place { start, len, is_filled: false, is_given: false };
-            places.insert(weight.id(), place);
+            if places.insert(weight.id(), place).is_some() {
+                bail!("{NAME}: a weight of shape {:?} is there twice", weight.shape());
+            }
             start += len;
         }
-        Ok(Self { flat: Tensor::zeros(start, DType::F32, &Device::Cpu)?, places })
+        Ok(Self { flat: Tensor::zeros(start, DType::F32, &Device::Cpu)?, places, share: 1.0 })
     }
 
     /// Forgets everything.
     pub fn clear(&mut self) {
-        self.places.values_mut().for_each(|place| place.is_filled = false);
+        for place in self.places.values_mut() {
+            (place.is_filled, place.is_given) = (false, false);
+        }
     }
 
     /// Runs `f`. The backward passes in it, as far as they are on this thread, add `share` of the gradients of weights
     /// here, and leave them out of their own results; the other gradients are there as ever.
     pub fn collect<R>(&mut self, share: f32, f: impl FnOnce() -> R) -> R {
-        /// Puts back what was there, even if `f` panics.
-        struct Outer(Option<Collecting>);
-        impl Drop for Outer {
+        /// Puts everything back where it was, even if `f` panics.
+        struct Outer<'a> {
+            places: &'a mut HashMap<TensorId, Place>,
+            outer: Option<Collecting>,
+        }
+        impl Drop for Outer<'_> {
             fn drop(&mut self) {
-                COLLECTING.set(self.0.take());
+                if let Some(collecting) = COLLECTING.replace(self.outer.take()) {
+                    *self.places = collecting.places;
+                }
             }
         }
+        self.share = share;
         let mut places = std::mem::take(&mut self.places);
         places.values_mut().for_each(|place| place.is_given = false);
         let collecting = Collecting { flat: self.flat.clone(), places, share };
-        let _outer = Outer(COLLECTING.replace(Some(collecting)));
-        let result = f();
-        if let Some(collecting) = COLLECTING.take() {
-            self.places = collecting.places;
-        }
-        result
+        let outer = COLLECTING.replace(Some(collecting));
+        let _outer = Outer { places: &mut self.places, outer };
+        f()
     }
 
-    /// Whether `weight` got a gradient in the last [`Self::collect`]. It is told once.
+    /// Whether `weight` got a gradient in the last [`Self::collect`]; the next time it has not.
     #[must_use]
-    pub fn was_given(&mut self, weight: &Tensor) -> bool {
+    pub fn take_given(&mut self, weight: &Tensor) -> bool {
         let place = self.places.get_mut(&weight.id());
         place.is_some_and(|place| std::mem::take(&mut place.is_given))
+    }
+
+    /// The share of the last [`Self::collect`].
+    #[must_use]
+    pub fn share(&self) -> f32 {
+        self.share
     }
 
     /// Adds `share` of a gradient that came another way.
@@ -178,8 +193,8 @@ pub(crate) fn of_weight(
 
 /// Lets `f` change the numbers of a place.
 fn write(flat: &Tensor, place: Place, f: impl FnOnce(&mut [f32])) -> Result<()> {
-    let place = flat.narrow(0, place.start, place.len)?;
-    place.inplace_op1(&Write(Cell::new(Some(f))))
+    let numbers = flat.narrow(0, place.start, place.len)?;
+    numbers.inplace_op1(&Write(Cell::new(Some(f))))
 }
 
 struct Write<F>(Cell<Option<F>>);
@@ -267,8 +282,8 @@ mod tests {
             for batch in BATCHES {
                 let store = flat.collect(0.5, || model.loss(batch).backward().unwrap());
                 for (weight, is_given) in model.weights().into_iter().zip([true, true, false]) {
-                    assert_eq!(flat.was_given(weight), is_given);
-                    assert!(!flat.was_given(weight));
+                    assert_eq!(flat.take_given(weight), is_given);
+                    assert!(!flat.take_given(weight));
                     assert_eq!(store.get(weight).is_some(), !is_given);
                 }
                 flat.add(&model.scale, store.get(&model.scale).unwrap(), 0.5).unwrap();
@@ -295,7 +310,7 @@ mod tests {
             let store = std::thread::scope(|scope| scope.spawn(elsewhere).join().unwrap());
             assert!(store.get(&model.matrix).is_some());
         });
-        assert!(flat.was_given(&model.matrix) && !flat.was_given(&model.table));
+        assert!(flat.take_given(&model.matrix) && !flat.take_given(&model.table));
         assert!(model.loss(BATCHES[0]).backward().unwrap().get(&model.matrix).is_some());
     }
 
@@ -306,6 +321,39 @@ mod tests {
         let panics = || flat.collect(1.0, || panic!("on purpose"));
         assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(panics)).is_err());
         assert!(model.loss(BATCHES[0]).backward().unwrap().get(&model.matrix).is_some());
+        flat.collect(1.0, || model.loss(BATCHES[0]).backward().unwrap());
+        assert!(flat.take_given(&model.matrix));
+    }
+
+    #[test]
+    fn collecting_within_collecting_goes_to_the_inner_one() {
+        let model = Model::new();
+        let [mut outer, mut inner] = [0; 2].map(|_| FlatGradients::new(model.weights()).unwrap());
+        let backward = || model.loss(BATCHES[0]).backward().unwrap();
+        outer.collect(1.0, || inner.collect(1.0, backward));
+        assert!(inner.take_given(&model.matrix) && !outer.take_given(&model.matrix));
+        outer.collect(1.0, || {
+            inner.collect(1.0, || ());
+            backward()
+        });
+        assert!(!inner.take_given(&model.matrix) && outer.take_given(&model.matrix));
+        outer.collect(1.0, backward);
+        outer.clear();
+        assert!(!outer.take_given(&model.matrix), "cleared");
+    }
+
+    #[test]
+    fn gradients_go_to_other_numbers_that_were_set() {
+        let model = Model::new();
+        let mut flat = FlatGradients::new(model.weights()).unwrap();
+        let backward = || model.loss(BATCHES[0]).backward().unwrap();
+        flat.collect(1.0, backward);
+        let before = flat.flat().clone();
+        flat.set((&before * 0.25).unwrap()).unwrap();
+        flat.clear();
+        flat.collect(0.5, backward);
+        let half: Vec<_> = numbers(&before)[..50 * 24 + 24 * 24].iter().map(|x| 0.5 * x).collect();
+        close("half", &numbers(flat.flat())[..half.len()], &half);
     }
 
     #[test]
@@ -317,6 +365,8 @@ mod tests {
         assert!(err.contains("no place for a weight of shape [50, 24]"), "{err}");
         let err = flat.add(&model.matrix, table, 1.0).unwrap_err().to_string();
         assert!(err.contains("1200 numbers do not fit weight [24, 24]"), "{err}");
+        let err = FlatGradients::new([table, table]).unwrap_err().to_string();
+        assert!(err.contains("[50, 24] is there twice"), "{err}");
         let err = flat.set(table.clone()).unwrap_err().to_string();
         assert!(err.contains("[50, 24] is not [576]"), "{err}");
     }

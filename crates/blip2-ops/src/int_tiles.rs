@@ -4,19 +4,29 @@
 //! with a block of weights, vectors put the two sums together and scale them. Sums of integers are exact, so the results are those of
 //! `tile::ints` to the bit.
 
+#![cfg_attr(
+    not(all(target_arch = "x86_64", target_os = "linux")),
+    allow(dead_code, reason = "other machines have no tiles: nothing here is ever reached")
+)]
+
 use std::cell::Cell;
+use std::ops::Range;
 
 use rayon::prelude::*;
 
-use crate::factor::lengthen;
+use crate::factor::{chunks, lengthen};
+use crate::float_tiles::cut;
 use crate::host::{self, simd};
-use crate::panel::{Blocks, CHUNK_BLOCKS, IntKind, Quantised, units_of};
-use crate::tile::{BLOCK, COLUMNS, Integers, Ints, Isa, Row, Unit};
+use crate::panel::{Blocks, INT_CHUNK, IntKind, Quantised, units_of};
+use crate::tile::{BLOCK, COLUMNS, INT_ROWS, Integers, Ints, Isa, Row, Unit};
 
 pub(crate) use token::ByteTiles;
 
 /// Rows of x in a tile, at most.
 const ROWS: usize = 16;
+/// And at least: fewer are multiplied otherwise, and so many tiles of them are as high.
+const FEWEST: usize = 7;
+const _: () = assert!(FEWEST == INT_ROWS + 1 && ROWS + 1 >= 2 * FEWEST);
 /// Positions along k that lie together: an instruction sums four products.
 const QUADS: usize = BLOCK / 4;
 
@@ -38,6 +48,12 @@ mod token {
                 .then_some(Self(Set::Amx));
             #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
             None
+        }
+
+        /// What there is to do on a machine for which there is none.
+        #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+        pub(crate) fn never(self) {
+            match self.0 {}
         }
     }
 }
@@ -193,26 +209,27 @@ impl ByteRows {
 
     /// Quantises x, every chunk of a tile as a task.
     fn fill(&mut self, x: &[f32], len: usize) {
-        let (height, blocks, padded) = (self.height, self.blocks, self.padded());
-        let Place { lines, scales, sums } = &mut self.place;
-        let per_chunk = (padded * CHUNK_BLOCKS).max(1);
-        let mut tasks = Vec::new();
-        let chunks = lines[..len].chunks_mut(per_chunk).zip(scales[..len].chunks_mut(per_chunk));
-        for (c, ((lines, scales), sums)) in
-            chunks.zip(sums[..len].chunks_mut(per_chunk)).enumerate()
-        {
-            let first = c * CHUNK_BLOCKS;
-            let per_tile = height * CHUNK_BLOCKS.min(blocks - first);
-            let tiles = lines.chunks_mut(per_tile).zip(scales.chunks_mut(per_tile));
-            for (t, ((lines, scales), sums)) in tiles.zip(sums.chunks_mut(per_tile)).enumerate() {
-                let x = &x[t * height * blocks * BLOCK..];
-                tasks.push(Task { lines, scales, sums, x, blocks, first, height });
-            }
-        }
+        let Self { place: Place { lines, scales, sums }, n, height, blocks, .. } = self;
+        let chunks = chunks(*blocks * BLOCK, INT_CHUNK);
+        let tiles: Vec<_> = (0..*n).step_by(*height).map(|row| row..row + *height).collect();
+        let lines = cut(&mut lines[..len], &chunks, &tiles, BLOCK).into_iter();
+        let scales = cut(&mut scales[..len], &chunks, &tiles, BLOCK);
+        let sums = cut(&mut sums[..len], &chunks, &tiles, BLOCK);
+        let parts = chunks.iter().flat_map(|k| tiles.iter().map(move |rows| (k, rows)));
+        let tasks: Vec<_> = lines
+            .zip(scales.into_iter().zip(sums))
+            .zip(parts)
+            .map(|((lines, (scales, sums)), (k, rows))| {
+                let rows = rows.start..rows.end.min(*n);
+                Task { lines, scales, sums, k: k.clone(), rows, height: *height }
+            })
+            .collect();
+        let width = *blocks * BLOCK;
+        let run = |task: Task<'_>| task.run(x, width);
         if x.len() < host::GRAIN {
-            tasks.into_iter().for_each(Task::run);
+            tasks.into_iter().for_each(run);
         } else {
-            tasks.into_par_iter().for_each(Task::run);
+            tasks.into_par_iter().for_each(run);
         }
     }
 
@@ -226,9 +243,9 @@ impl ByteRows {
         out: &mut [Row],
     ) {
         let Place { lines, scales, sums } = &self.place;
-        let per_chunk = units_of(kind, CHUNK_BLOCKS * BLOCK);
-        for first in (0..self.blocks).step_by(CHUNK_BLOCKS) {
-            let count = CHUNK_BLOCKS.min(self.blocks - first);
+        let per_chunk = units_of(kind, INT_CHUNK);
+        for first in (0..self.blocks).step_by(INT_CHUNK / BLOCK) {
+            let count = (INT_CHUNK / BLOCK).min(self.blocks - first);
             let (now, behind) = units.split_at(units_of(kind, count * BLOCK));
             units = behind;
             let weights = room.blocks.unpack(isa, kind, now);
@@ -260,17 +277,20 @@ struct Chunk<'a> {
 
 impl Chunk<'_> {
     /// Adds the products to `out (n, 32)`.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     fn multiply(&self, _: ByteTiles, offsets: bool, sums: &mut [Sums; 2], out: &mut [Row]) {
-        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-        // SAFETY: a `ByteTiles` is only made where there are these instructions and vectors; the height is 1 to 16, and the tiles
+        // SAFETY: a `ByteTiles` is only made where there are these instructions and vectors; the height is at most 16, and the tiles
         // are set up for it.
         #[expect(unsafe_code, reason = "instructions chosen at run time")]
         unsafe {
             crate::amx::x86::set_up(x86::tiles(self.height));
             x86::multiply(self, offsets, sums, out);
         }
-        #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
-        unreachable!("no tiles for {} {offsets} {} {}", self.height, sums.len(), out.len());
+    }
+
+    #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+    fn multiply(&self, tiles: ByteTiles, _: bool, _: &mut [Sums; 2], _: &mut [Row]) {
+        tiles.never();
     }
 }
 
@@ -280,29 +300,24 @@ impl Drop for ByteRows {
     }
 }
 
-/// Blocks of a tile's rows to quantise, and where to.
+/// A chunk of a tile's rows to quantise, and where to.
 struct Task<'a> {
     lines: &'a mut [Line],
     scales: &'a mut [f32],
     sums: &'a mut [f32],
-    /// From the tile's first row on.
-    x: &'a [f32],
-    /// Blocks of a row.
-    blocks: usize,
-    /// The first of them that is meant.
-    first: usize,
+    k: Range<usize>,
+    /// Those that there are.
+    rows: Range<usize>,
     height: usize,
 }
 
 impl Task<'_> {
-    fn run(self) {
-        let count = self.lines.len() / self.height;
-        let rows = self.x.chunks_exact(self.blocks * BLOCK).take(self.height);
+    fn run(self, x: &[f32], width: usize) {
         simd(
             #[inline(always)]
             |_| {
-                for (r, row) in rows.enumerate() {
-                    let blocks = &row.as_chunks::<BLOCK>().0[self.first..][..count];
+                for (r, row) in self.rows.enumerate() {
+                    let blocks = x[row * width..][self.k.clone()].as_chunks::<BLOCK>().0;
                     for (b, block) in blocks.iter().enumerate() {
                         let place = b * self.height + r;
                         let quantised = Quantised::new(block);
@@ -321,15 +336,15 @@ mod x86 {
     use std::arch::x86_64::*;
     use std::slice::Chunks;
 
-    use super::{Chunk, Ints, Line, Quads, Sums, Unit};
+    use super::{Chunk, FEWEST, Ints, Line, Quads, ROWS, Sums, Unit};
     use crate::amx::x86::Tiles;
     use crate::tile::x86::{ask_for, load16, scaled, store16};
     use crate::tile::{Row, part_of};
 
     /// Tiles 0 and 1 for sums of upper and of lower bytes, 4 and 5 for these bytes of x, 6 for sixteen columns of weights.
     pub(super) fn tiles(height: usize) -> Tiles {
-        let (sums, x, weights) = ([height as u8, 64], [height as u8, 32], [8, 64]);
-        [sums, sums, sums, sums, x, x, weights, weights]
+        let (sums, x, weights, none) = ([height as u8, 64], [height as u8, 32], [8, 64], [0, 0]);
+        [sums, sums, none, none, x, x, weights, none]
     }
 
     // What the instructions below say in numbers.
@@ -365,6 +380,7 @@ mod x86 {
                 }
             };
         }
+        const { assert!(FEWEST == 7 && ROWS == 16) };
         by_height!(7 8 9 10 11 12 13 14 15 16);
     }
 
@@ -479,7 +495,8 @@ mod x86 {
         }
     }
 
-    // Compiled code has no use for tiles: what one of these instructions leaves in them is there for the next.
+    // What one of these instructions leaves in a tile is there for the next, though nothing tells the compiler so: it has no way
+    // to pass a tile on. This relies on compiled code never using tiles by itself, as it can't unless it is built for them.
 
     /// Multiplies upper bytes with half of the columns.
     ///

@@ -11,7 +11,7 @@
 //! | `linear.rs` | [`linear`]: product with a trained weight |
 //! | `frozen.rs`, `quant.rs` | [`FrozenWeight`] in f32, f16 or GGUF blocks, [`frozen_linear`] |
 //! | `panel.rs`, `tile.rs` | how frozen weights lie in memory, and the innermost products |
-//! | `int_tiles.rs`, `amx.rs` | products of quantised weights with many rows by tile instructions |
+//! | `int_tiles.rs` | products of quantised weights with many rows, by tile instructions |
 //! | `float_tiles.rs`, `factor.rs` | large products of any two factors; what those share with `bf16_tiles.rs` |
 //! | `attention.rs` | [`attention`]: grouped heads, additive bias, dropout on probabilities |
 //! | `cached.rs` | [`cached_attention`]: a decoder's step, forward only |
@@ -24,7 +24,8 @@
 //! | `comm.rs` | [`Communicator`], [`all_gather`] |
 //! | `optim.rs` | [`adamw_step`], [`sum_of_squares`] |
 //! | `work.rs` | [`Work`]: what the ops computed and read, for benchmarks |
-//! | `bf16.rs`, `bf16_tiles.rs`, `amx.rs` | [`MixedPrecision`]: products of factors rounded to bf16 |
+//! | `bf16.rs`, `bf16_tiles.rs` | [`MixedPrecision`]: products of factors rounded to bf16 |
+//! | `amx.rs` | tile instructions, for bf16 and for bytes |
 //! | `matrix.rs`, `gemm.rs`, `host.rs` | views of slices, the matrix product; borrowing tensors, threads, SIMD, `exp` |
 //!
 //! What holds for every op:

@@ -32,8 +32,8 @@ use crate::tile::{
 };
 
 /// Positions along k of quantised weights that are worked on together: unpacked, they fit the first-level cache. A block of Q4_K.
-const INT_CHUNK: usize = 256;
-pub(crate) const CHUNK_BLOCKS: usize = INT_CHUNK / BLOCK;
+pub(crate) const INT_CHUNK: usize = 256;
+const CHUNK_BLOCKS: usize = INT_CHUNK / BLOCK;
 
 /// Rows of x that are worked on together: a chunk of them fits the second-level cache.
 const ROWS: usize = 320;
@@ -909,7 +909,7 @@ mod tests {
     #[test]
     fn every_instruction_set_gives_the_same_bits() {
         for panels in all() {
-            for n in (1..=16).chain([33]) {
+            for n in (1..=17).chain([21, 33]) {
                 let x = numbers(3, n * panels.width);
                 let bias = numbers(4, panels.out);
                 for arithmetic in BOTH {
@@ -994,10 +994,10 @@ mod tests {
     fn what_is_not_finite_shows_in_its_row_and_in_no_other() {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             for panels in all() {
-                let mut x = numbers(8, 3 * panels.width);
-                x[panels.width + 40] = bad;
-                for arithmetic in BOTH {
-                    let y = panels.product(&x, 3, None, arithmetic);
+                for (n, arithmetic) in [(3, BOTH[0]), (3, BOTH[1]), (21, BOTH[0]), (21, BOTH[1])] {
+                    let mut x = numbers(8, n * panels.width);
+                    x[panels.width + 40] = bad;
+                    let y = panels.product(&x, n, None, arithmetic);
                     for (i, y) in y.chunks_exact(panels.out).enumerate() {
                         let finite = y.iter().filter(|y| y.is_finite()).count();
                         // A weight of exactly zero makes NaN of infinity, too.
@@ -1011,14 +1011,15 @@ mod tests {
 
     #[test]
     fn rows_lie_where_larger_ones_lay() {
-        let (wide, narrow) =
-            (Panels::f32(70, 601, |i| i as f32), Panels::f32(40, 35, |i| i as f32));
-        for n in [1, 2, 15] {
-            let x = numbers(5, n * 35);
-            let product = || narrow.product(&x, n, None, Arithmetic::Floats);
-            let alone = std::thread::scope(|scope| scope.spawn(product).join().unwrap());
-            wide.product(&numbers(6, 33 * 601), 33, None, Arithmetic::Floats);
-            same_bits("after larger rows", &product(), &alone);
+        let narrow = Panels::f32(40, 35, |i| i as f32);
+        for panels in all().into_iter().chain([narrow]) {
+            for (n, arithmetic) in [(1, BOTH[0]), (2, BOTH[0]), (15, BOTH[0]), (15, BOTH[1])] {
+                let x = numbers(5, n * panels.width);
+                let product = || panels.product(&x, n, None, arithmetic);
+                let alone = std::thread::scope(|scope| scope.spawn(product).join().unwrap());
+                panels.product(&numbers(6, 40 * panels.width), 40, None, arithmetic);
+                same_bits("after larger rows", &product(), &alone);
+            }
         }
     }
 

@@ -4,7 +4,8 @@
 //! block), each written for AVX-512, for AVX2 and in plain Rust. **All give the same bits**: an output is a sum over k in
 //! one fixed order, floats by fused multiply-add, integers exactly, whatever the vector width, the number of rows that
 //! are computed together and the number of threads. (Only machines that can't multiply and add in one instruction round
-//! twice.)
+//! twice.) Where a processor multiplies tiles of bytes, many rows of integers are not done here but in `int_tiles.rs`: an [`Isa`]
+//! knows whether.
 //!
 //! Letters: R rows of x in a tile, k positions along the inner dimension.
 
@@ -20,6 +21,8 @@ pub(crate) use packed::{Packed, PackedIsa, floats_of_packed, ints_of_bytes, ints
 pub(crate) const COLUMNS: usize = 32;
 /// Positions along k that share a scale.
 pub(crate) const BLOCK: usize = 32;
+/// Most rows of a tile of integers by AVX-512.
+pub(crate) const INT_ROWS: usize = 6;
 /// Pairs of positions in a block: integer products are summed two by two.
 pub(crate) const PAIRS: usize = BLOCK / 2;
 
@@ -115,7 +118,7 @@ impl Isa {
     /// Most rows of a tile of integers, which has two sums for each result.
     pub(crate) fn int_rows(self) -> usize {
         match self.set {
-            Set::Avx512 => 6,
+            Set::Avx512 => INT_ROWS,
             Set::Avx2 | Set::Portable => 2,
         }
     }
@@ -609,7 +612,8 @@ pub(crate) mod x86 {
     /// Positions along k between which it asks for a part of the weights that come next.
     const STRIP: usize = 8;
 
-    /// The units of 64 bytes ahead of which one or two rows ask for weights, which come from memory.
+    /// The units of 64 bytes ahead of which few rows ask for weights, which come from memory: one or two of floats, up to six of
+    /// integers.
     const FEW_AHEAD: usize = 64;
 
     /// Bytes that memory gives at once.
@@ -853,6 +857,7 @@ pub(crate) mod x86 {
         let offset = w.offset.map(|offset| [load16(offset, 0), load16(offset, 1)]);
         let mut sums = load_rows(out);
         for (a, unit) in a.as_chunks::<R>().0.as_chunks::<2>().0.iter().zip(w.units) {
+            prefetch(unit, FEW_AHEAD);
             for half in 0..2 {
                 let q = integers(_mm512_cvtepu16_epi32(bytes32(unit, half)));
                 for side in 0..2 {
@@ -890,9 +895,7 @@ pub(crate) mod x86 {
             let [head, q @ ..] = units;
             let mut totals = [[_mm512_setzero_si512(); 2]; R];
             for (pairs, q) in pairs.iter().zip(q) {
-                if R <= 2 {
-                    prefetch(q, FEW_AHEAD);
-                }
+                prefetch(q, FEW_AHEAD);
                 let left = _mm512_cvtepi8_epi16(bytes32(q, 0));
                 let right = _mm512_cvtepi8_epi16(bytes32(q, 1));
                 for r in 0..R {
@@ -928,9 +931,7 @@ pub(crate) mod x86 {
             // Of the lower, then of the upper block.
             let mut totals = [[[_mm512_setzero_si512(); 2]; R]; 2];
             for (p, unit) in units.iter().enumerate() {
-                if R <= 2 {
-                    prefetch(unit, FEW_AHEAD);
-                }
+                prefetch(unit, FEW_AHEAD);
                 for half in 0..2 {
                     let both = bytes32(unit, half);
                     let low = _mm256_and_si256(both, low_half);

@@ -74,13 +74,19 @@ impl Gradients {
     /// Adds `share` of a micro-batch: the gradients that its backward pass left in `grads`.
     ///
     /// # Errors
-    /// If a parameter got no gradient, there or in [`Self::collect`]: it would silently stay untrained.
+    /// If a parameter got no gradient, there or in [`Self::collect`]: it would silently stay untrained. If that had another share.
     pub fn add(&mut self, params: &ParamStore, grads: &GradStore, share: f32) -> Result<()> {
         for (name, var) in params.vars() {
-            let was_given = self.flat.was_given(var);
+            let is_given = self.flat.take_given(var);
+            let collected = self.flat.share();
+            if is_given && collected.to_bits() != share.to_bits() {
+                return Err(Error::Training(format!(
+                    "{share} of a micro-batch of which {collected} has been collected"
+                )));
+            }
             match grads.get(var) {
                 Some(grad) => self.flat.add(var, grad, share)?,
-                None if was_given => {}
+                None if is_given => {}
                 None => {
                     return Err(Error::Training(format!(
                         "the trained parameter {name} got no gradient"

@@ -59,7 +59,7 @@ pub trait Task: Sync {
     /// The trained parameters.
     fn params(&self) -> &ParamStore;
 
-    /// The loss of one micro-batch and its gradients. They must depend on nothing but weights, batch and draws.
+    /// The loss of one micro-batch and its gradients, as far as the backward pass leaves them here. They must depend on nothing but weights, batch and draws.
     ///
     /// # Errors
     /// If a tensor operation fails.
@@ -108,7 +108,8 @@ impl Draws {
 pub struct StepOutput {
     /// The loss to minimise.
     pub loss: f32,
-    /// Of every trained parameter; none if the loss is not finite.
+    /// Of every trained parameter that `linear` and `embedding` of `blip2-ops` have not given to the trainer in the backward pass itself
+    /// ([`Gradients::collect`]); none if the loss is not finite.
     pub grads: Option<GradStore>,
     /// Its named parts, for the log.
     pub parts: Vec<(&'static str, f32)>,

@@ -261,7 +261,8 @@ fn ten_steps_of_stage_1_equal_lavis() {
             );
         }
         gradients.clear();
-        gradients.add(&store, &found.total.backward().unwrap(), 1.0).unwrap();
+        let grads = gradients.collect(1.0, || found.total.backward().unwrap());
+        gradients.add(&store, &grads, 1.0).unwrap();
         optimizer.step(&store, &gradients, 1e-3, 1.0).unwrap();
     }
     let norms: Tensors = golden

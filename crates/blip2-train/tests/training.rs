@@ -198,6 +198,31 @@ fn a_parameter_without_gradient_is_named() {
     assert!(err.contains("layer.bias got no gradient"), "{err}");
 }
 
+/// What a backward pass collects counts, but only for its own micro-batch, and with its own share.
+#[test]
+fn a_parameter_that_is_not_collected_is_named() {
+    let numbers =
+        |shape: &[usize]| Tensor::ones(shape, candle_core::DType::F32, &Device::Cpu).unwrap();
+    let tensors = [("a", &[3, 4][..]), ("b", &[2, 3])];
+    let tensors = tensors.map(|(name, shape)| (name.to_owned(), numbers(shape)));
+    let params = ParamStore::new(tensors.into()).unwrap();
+    let weight = |name: &str| params.get(name).unwrap().as_tensor();
+    let first = || linear(&numbers(&[5, 4]), weight("a"), None).unwrap();
+    let both = || linear(&first(), weight("b"), None).unwrap();
+    let backward = |loss: Tensor| loss.sum_all().unwrap().backward().unwrap();
+    let mut gradients = Gradients::new(&params).unwrap();
+    let grads = gradients.collect(1.0, || backward(both()));
+    gradients.add(&params, &grads, 1.0).unwrap();
+    let err = gradients.add(&params, &grads, 1.0).unwrap_err().to_string();
+    assert!(err.contains("a got no gradient"), "{err}");
+    let grads = gradients.collect(1.0, || backward(first()));
+    let err = gradients.add(&params, &grads, 1.0).unwrap_err().to_string();
+    assert!(err.contains("b got no gradient"), "{err}");
+    let grads = gradients.collect(0.5, || backward(both()));
+    let err = gradients.add(&params, &grads, 1.0).unwrap_err().to_string();
+    assert!(err.contains("1 of a micro-batch of which 0.5 has been collected"), "{err}");
+}
+
 #[test]
 fn an_optimisers_state_must_fit() {
     let params = ParamStore::new(with_prefix(&golden(), "start.")).unwrap();

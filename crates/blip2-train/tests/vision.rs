@@ -18,7 +18,7 @@ use blip2::vit::Vit;
 use blip2_train::Result;
 use blip2_train::data::mini::{MiniConfig, build};
 use blip2_train::log::StepRecord;
-use blip2_train::optim::lr_scale;
+use blip2_train::optim::{Gradients, lr_scale};
 use blip2_train::recipe::{Recipe, RecipeFile};
 use blip2_train::tasks::{Session, Trained, train_recipe};
 use blip2_train::trainer::{Monitor, Outcome, Resume, Start};
@@ -44,16 +44,40 @@ fn gradients_block_by_block_are_those_of_the_whole_graph() {
         let weights = (whole.detach() * 0.3).unwrap().sin().unwrap();
         let expected = (&whole * &weights).unwrap().sum_all().unwrap().backward().unwrap();
 
-        let (features, tape) = vit.forward_taped(&pixels).unwrap();
+        let (features, _) = vit.forward_taped(&pixels).unwrap();
         assert_close(name, &features, &whole, 1e-6);
-        let leaf = Var::from_tensor(&features).unwrap();
-        let mut grads =
-            (leaf.as_tensor() * &weights).unwrap().sum_all().unwrap().backward().unwrap();
-        let grad = grads.remove(leaf.as_tensor()).unwrap();
-        vit.backward_taped(tape, &grad, &mut |more| Ok(grads.extend(more)?)).unwrap();
+        let by_blocks = || {
+            let (features, tape) = vit.forward_taped(&pixels).unwrap();
+            let leaf = Var::from_tensor(&features).unwrap();
+            let mut grads =
+                (leaf.as_tensor() * &weights).unwrap().sum_all().unwrap().backward().unwrap();
+            let grad = grads.remove(leaf.as_tensor()).unwrap();
+            vit.backward_taped(tape, &grad, &mut |more| Ok(grads.extend(more)?)).unwrap();
+            grads
+        };
+        let grads = by_blocks();
         for (parameter, var) in store.vars().filter(|(name, _)| !name.ends_with("attn.k.bias")) {
             let what = format!("{name}: gradient of {parameter}");
             assert_close(&what, grads.get(var).unwrap(), expected.get(var).unwrap(), 1e-4);
+        }
+
+        // As the trainer does it.
+        let mut flat = Gradients::new(&store).unwrap();
+        let grads = flat.collect(1.0, by_blocks);
+        flat.add(&store, &grads, 1.0).unwrap();
+        let mut start = 0;
+        for (parameter, var) in store.vars() {
+            let collected = flat.flat().narrow(0, start, var.elem_count()).unwrap();
+            start += var.elem_count();
+            if !parameter.ends_with("attn.k.bias") {
+                let expected = expected.get(var).unwrap().flatten_all().unwrap();
+                assert_close(
+                    &format!("{name}: {parameter}, collected"),
+                    &collected,
+                    &expected,
+                    1e-4,
+                );
+            }
         }
     }
 }

@@ -50,6 +50,25 @@ fn products_equal_those_with_the_dequantised_weight() {
     }
 }
 
+/// More outputs than a chunk of the backward product has, more rows than are packed at once, and widths that are no multiple of a
+/// panel's.
+#[test]
+fn gradients_through_frozen_floats_are_those_of_the_product() {
+    for (rows, out, width) in [(40, 1301, 70), (2310, 40, 33), (17, 600, 512)] {
+        let dense = (numbers(1, &[out, width]) * 0.1).unwrap();
+        for format in [WeightFormat::F32, WeightFormat::F16] {
+            let weight = FrozenWeight::new(&dense, format).unwrap();
+            let x = var(&numbers(3, &[rows, width]));
+            let y = frozen_linear(&x, &weight, None).unwrap();
+            let dy = numbers(4, y.dims());
+            let grads = (&y * &dy).unwrap().sum_all().unwrap().backward().unwrap();
+            let expected = dy.matmul(&weight.dequantize().unwrap()).unwrap();
+            let name = format!("{format}, {rows} {out} {width}");
+            close(&name, grads.get(&x).unwrap(), &expected, 2e-5);
+        }
+    }
+}
+
 /// x as products of integers see it: 16 bits with a scale for every 32.
 fn rounded(x: &Tensor) -> Tensor {
     let block = |block: &[f32]| {
