@@ -7,7 +7,9 @@
 
 use std::ops::Range;
 
-use crate::tile::{COLUMNS, Row};
+pub(crate) use bytes::ByteTiles;
+
+use crate::matrix::{COLUMNS, Row};
 
 /// Positions along k that one instruction goes through.
 pub(crate) const STEP: usize = 32;
@@ -41,6 +43,34 @@ impl Amx {
         }
         #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
         None
+    }
+}
+
+mod bytes {
+    /// The instructions for bytes, likewise; only [`ByteTiles::detect`] makes one.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub(crate) struct ByteTiles(Set);
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    enum Set {
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        Amx,
+    }
+
+    impl ByteTiles {
+        pub(crate) fn detect() -> Option<Self> {
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            return (is_x86_feature_detected!("avx512f") && super::x86::has_bytes())
+                .then_some(Self(Set::Amx));
+            #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+            None
+        }
+
+        /// What there is to do on a machine for which there is none.
+        #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+        pub(crate) fn never(self) {
+            match self.0 {}
+        }
     }
 }
 
@@ -134,7 +164,7 @@ pub(crate) mod x86 {
     use std::sync::OnceLock;
 
     use super::{Line, PAIRS, Pairs};
-    use crate::tile::Row;
+    use crate::matrix::Row;
 
     /// Rows of a tile, at most.
     const TILE: usize = 16;
@@ -153,7 +183,7 @@ pub(crate) mod x86 {
     }
 
     /// Whether tiles of bytes can be multiplied.
-    pub(crate) fn has_bytes() -> bool {
+    pub(super) fn has_bytes() -> bool {
         feature(25) && permitted()
     }
 

@@ -17,12 +17,13 @@ use rayon::prelude::*;
 
 use crate::bf16::FrozenPanels;
 use crate::bf16_tiles;
+use crate::blocks::IntKind;
 use crate::factor::Finish;
 use crate::float_tiles;
 use crate::gemm::{self, Output, Rows, RowsMut, Threads, Way, product};
 use crate::host::{self, Host};
 use crate::linear::{check_bias, fill_rows, out_shape};
-use crate::panel::{Arithmetic, IntKind, Panels, Turned};
+use crate::panel::{Arithmetic, Panels, Turned};
 use crate::tile::{COLUMNS, Row};
 use crate::{quant, work};
 

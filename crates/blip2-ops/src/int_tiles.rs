@@ -14,13 +14,12 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use crate::amx::ByteTiles;
+use crate::blocks::{Blocks, INT_CHUNK, IntKind, Quantised, units_of};
 use crate::factor::{chunks, lengthen};
 use crate::float_tiles::cut;
 use crate::host::{self, simd};
-use crate::panel::{Blocks, INT_CHUNK, IntKind, Quantised, units_of};
 use crate::tile::{BLOCK, COLUMNS, INT_ROWS, Integers, Ints, Isa, Row, Unit};
-
-pub(crate) use token::ByteTiles;
 
 /// Rows of x in a tile, at most.
 const ROWS: usize = 16;
@@ -29,34 +28,6 @@ const FEWEST: usize = 7;
 const _: () = assert!(FEWEST == INT_ROWS + 1 && ROWS + 1 >= 2 * FEWEST);
 /// Positions along k that lie together: an instruction sums four products.
 const QUADS: usize = BLOCK / 4;
-
-mod token {
-    /// The instructions, on a machine that has them and a system that lets this process use them; only [`ByteTiles::detect`] makes one.
-    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    pub(crate) struct ByteTiles(Set);
-
-    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    enum Set {
-        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-        Amx,
-    }
-
-    impl ByteTiles {
-        pub(crate) fn detect() -> Option<Self> {
-            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-            return (is_x86_feature_detected!("avx512f") && crate::amx::x86::has_bytes())
-                .then_some(Self(Set::Amx));
-            #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
-            None
-        }
-
-        /// What there is to do on a machine for which there is none.
-        #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
-        pub(crate) fn never(self) {
-            match self.0 {}
-        }
-    }
-}
 
 /// A block of x: the upper bytes of its integers, then the lower ones.
 #[derive(Clone, Copy)]

@@ -10,7 +10,7 @@
 //! |---|---|
 //! | `linear.rs` | [`linear`]: product with a trained weight |
 //! | `frozen.rs`, `quant.rs` | [`FrozenWeight`] in f32, f16 or GGUF blocks, [`frozen_linear`] |
-//! | `panel.rs`, `tile.rs` | how frozen weights lie in memory, and the innermost products |
+//! | `panel.rs`, `blocks.rs`, `tile.rs` | how frozen weights lie in memory, quantised blocks of them, and the innermost products |
 //! | `int_tiles.rs` | products of quantised weights with many rows, by tile instructions |
 //! | `float_tiles.rs`, `factor.rs` | large products of any two factors; what those share with `bf16_tiles.rs` |
 //! | `attention.rs` | [`attention`]: grouped heads, additive bias, dropout on probabilities |
@@ -39,6 +39,7 @@ mod amx;
 mod attention;
 mod bf16;
 mod bf16_tiles;
+mod blocks;
 mod cached;
 mod comm;
 mod dropout;

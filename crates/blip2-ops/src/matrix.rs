@@ -5,6 +5,12 @@
 
 use faer::{MatMut, MatRef};
 
+/// Columns of a panel, which lie together: two vectors of AVX-512.
+pub(crate) const COLUMNS: usize = 32;
+
+/// One number of each of them.
+pub(crate) type Row = [f32; COLUMNS];
+
 /// A row-major matrix, maybe some columns of a wider one.
 pub(crate) type Rows<'a> = MatRef<'a, f32>;
 /// A mutable row-major matrix, maybe some columns of a wider one.

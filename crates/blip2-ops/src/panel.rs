@@ -20,6 +20,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::amx::STEP;
+use crate::blocks::{Blocks, INT_CHUNK, IntKind, Quantised, halves, q4_k_scales, units_of};
 use crate::factor::{self, Factor, Finish, chunks};
 use crate::float_tiles::{FloatRows, cut, place, tiles};
 use crate::host::{self, simd};
@@ -27,13 +28,9 @@ use crate::int_tiles::{self, ByteRows};
 use crate::matrix::{self, Output, RowsMut, split_columns};
 use crate::quant::half_to_f32;
 use crate::tile::{
-    self, BLOCK, COLUMNS, Floats, IntRows, Integers, Ints, Isa, Lies, PAIRS, Packed, PackedIsa,
-    Pairs, Row, Unit,
+    self, BLOCK, COLUMNS, Floats, IntRows, Ints, Isa, Lies, PAIRS, Packed, PackedIsa, Pairs, Row,
+    Unit,
 };
-
-/// Positions along k of quantised weights that are worked on together: unpacked, they fit the first-level cache. A block of Q4_K.
-pub(crate) const INT_CHUNK: usize = 256;
-const CHUNK_BLOCKS: usize = INT_CHUNK / BLOCK;
 
 /// Rows of x that are worked on together: a chunk of them fits the second-level cache.
 const ROWS: usize = 320;
@@ -49,127 +46,6 @@ pub(crate) enum Arithmetic {
     Floats,
     /// Weights as they are and x in 16 bits.
     Integers,
-}
-
-/// A quantised format that has panels.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum IntKind {
-    Q8_0,
-    Q4_0,
-    Q4_1,
-    Q4K,
-}
-
-impl IntKind {
-    /// Positions along k in a block.
-    pub(crate) fn positions(self) -> usize {
-        match self {
-            Self::Q8_0 | Self::Q4_0 | Self::Q4_1 => 32,
-            Self::Q4K => 256,
-        }
-    }
-
-    /// Bytes of a block.
-    fn bytes(self) -> usize {
-        match self {
-            Self::Q8_0 => 34,
-            Self::Q4_0 => 18,
-            Self::Q4_1 => 20,
-            Self::Q4K => 144,
-        }
-    }
-
-    /// Bytes of a row of `width` weights.
-    pub(crate) fn row_bytes(self, width: usize) -> usize {
-        width / self.positions() * self.bytes()
-    }
-
-    /// Whether a weight is more than scale times integer.
-    pub(crate) fn has_offset(self) -> bool {
-        matches!(self, Self::Q4_1 | Self::Q4K)
-    }
-
-    /// Unpacks whole blocks.
-    #[inline(always)]
-    fn unpack<Q: Integers>(self, units: &[Unit], out: &mut [Ints<Q>]) {
-        let blocks = units.chunks_exact(self.bytes() / 2);
-        match self {
-            Self::Q8_0 => {
-                for (units, out) in blocks.zip(out) {
-                    out.scale = halves(&units[0]);
-                    Q::bytes(&units[1..], out.q.parts());
-                }
-            }
-            Self::Q4_0 => {
-                for (units, out) in blocks.zip(out) {
-                    out.scale = halves(&units[0]);
-                    let (low, high) = in_halves(out.q.parts());
-                    Q::nibbles(&units[1..], low, high, 8);
-                }
-            }
-            Self::Q4_1 => {
-                for (units, out) in blocks.zip(out) {
-                    out.scale = halves(&units[0]);
-                    out.offset = halves(&units[1]);
-                    let (low, high) = in_halves(out.q.parts());
-                    Q::nibbles(&units[2..], low, high, 0);
-                }
-            }
-            Self::Q4K => {
-                for (units, out) in blocks.zip(out.as_chunks_mut::<8>().0) {
-                    let mut scales = [[[0.0; COLUMNS]; 2]; 8];
-                    q4_k_scales(units, &mut scales);
-                    for (out, scales) in out.iter_mut().zip(scales) {
-                        [out.scale, out.offset] = scales;
-                    }
-                    let pairs = units[8..].chunks_exact(PAIRS).zip(out.as_chunks_mut::<2>().0);
-                    for (units, [low, high]) in pairs {
-                        Q::nibbles(units, low.q.parts(), high.q.parts(), 0);
-                    }
-                }
-            }
-        }
-    }
-}
-
-#[inline(always)]
-fn in_halves<T>(all: &mut [T]) -> (&mut [T], &mut [T]) {
-    all.split_at_mut(all.len() / 2)
-}
-
-/// A half of each column.
-#[inline(always)]
-fn halves(unit: &Unit) -> Row {
-    let mut out = [0f32; COLUMNS];
-    for (out, half) in out.iter_mut().zip(unit.as_chunks::<2>().0) {
-        *out = half_to_f32(u16::from_le_bytes(*half));
-    }
-    out
-}
-
-/// The eight scales and offsets of every column: two halves that multiply 6-bit integers, packed in twelve bytes.
-#[inline(always)]
-fn q4_k_scales(units: &[Unit], out: &mut [[Row; 2]; 8]) {
-    let (d, d_min) = (halves(&units[0]), halves(&units[1]));
-    let mut packed = [[0u8; COLUMNS]; 12];
-    for (bytes, unit) in packed.as_chunks_mut::<2>().0.iter_mut().zip(&units[2..8]) {
-        for (c, pair) in unit.as_chunks::<2>().0.iter().enumerate() {
-            bytes[0][c] = pair[0];
-            bytes[1][c] = pair[1];
-        }
-    }
-    for (j, [scale, offset]) in out.iter_mut().enumerate() {
-        for c in 0..COLUMNS {
-            let (s, m) = if j < 4 {
-                (packed[j][c] & 63, packed[j + 4][c] & 63)
-            } else {
-                let low = packed[j + 4][c];
-                (low & 15 | packed[j - 4][c] >> 6 << 4, low >> 4 | packed[j][c] >> 6 << 4)
-            };
-            scale[c] = d[c] * f32::from(s);
-            offset[c] = -(d_min[c] * f32::from(m));
-        }
-    }
 }
 
 /// A weight `(out, in)`.
@@ -744,90 +620,10 @@ impl Quantising<'_> {
     }
 }
 
-/// A block of x as integers.
-pub(crate) struct Quantised {
-    pub(crate) integers: [i16; BLOCK],
-    scale: f32,
-    /// Of the integers, scaled.
-    sum: f32,
-}
-
-impl Quantised {
-    /// Numbers that are not finite make the scale NaN, and so every result: nothing is hidden by rounding.
-    #[inline(always)]
-    pub(crate) fn new(x: &[f32; BLOCK]) -> Self {
-        const MOST: f32 = 32767.0;
-        /// Below this everything is zero: its reciprocal would overflow.
-        const LEAST: f32 = 1e-30;
-        /// Added to a number it leaves the nearest integer, ties to even, in the lower bits.
-        const ROUNDING: f32 = 1.5 * 8_388_608.0;
-        const LANES: usize = 16;
-        // Magnitudes are in the order of their bits. Integers wrap, or their sums would not be vectorised; those of numbers that are not
-        // finite do not matter.
-        let mut most = [0u32; LANES];
-        for x in x.as_chunks::<LANES>().0 {
-            for (most, x) in most.iter_mut().zip(x) {
-                *most = x.abs().to_bits().max(*most);
-            }
-        }
-        let largest = f32::from_bits(most.into_iter().fold(0, u32::max));
-        let (scale, factor) = match () {
-            () if !largest.is_finite() => (f32::NAN, 0.0),
-            () if largest < LEAST => (0.0, 0.0),
-            () => (largest / MOST, MOST / largest),
-        };
-        let mut integers = [0i16; BLOCK];
-        let mut totals = [0u32; LANES];
-        let parts = integers.as_chunks_mut::<LANES>().0.iter_mut().zip(x.as_chunks::<LANES>().0);
-        for (q, x) in parts {
-            for ((total, q), x) in totals.iter_mut().zip(q).zip(x) {
-                let rounded = (x * factor + ROUNDING).to_bits().wrapping_sub(ROUNDING.to_bits());
-                *q = rounded as i16;
-                *total = total.wrapping_add(rounded);
-            }
-        }
-        let total = totals.into_iter().fold(0, u32::wrapping_add) as i32;
-        Self { integers, scale, sum: scale * total as f32 }
-    }
-
-    /// What products need besides the integers: their scale, and their sum, scaled.
-    #[inline(always)]
-    pub(crate) fn scales(&self) -> [f32; 2] {
-        [self.scale, self.sum]
-    }
-}
-
-/// Room for the unpacked blocks of a chunk.
-pub(crate) struct Blocks<Q>(Box<[Ints<Q>; CHUNK_BLOCKS]>);
-
-impl<Q: Integers> Default for Blocks<Q> {
-    fn default() -> Self {
-        Self(Box::new([Ints::EMPTY; CHUNK_BLOCKS]))
-    }
-}
-
-impl<Q: Integers> Blocks<Q> {
-    /// The blocks that `units` hold, a chunk or less.
-    pub(crate) fn unpack(&mut self, isa: Isa, kind: IntKind, units: &[Unit]) -> &[Ints<Q>] {
-        let blocks = units.len() * 2 / kind.bytes() * kind.positions() / BLOCK;
-        let out = &mut self.0[..blocks];
-        isa.compile(
-            #[inline(always)]
-            || kind.unpack(units, out),
-        );
-        &self.0[..blocks]
-    }
-}
-
 /// Those of a panel `width` long.
 fn units_of_panel(kind: IntKind, width: usize, units: &[Unit], panel: usize) -> &[Unit] {
     let per_panel = units_of(kind, width);
     &units[panel * per_panel..][..per_panel]
-}
-
-/// Units of `positions` along k.
-pub(crate) fn units_of(kind: IntKind, positions: usize) -> usize {
-    kind.row_bytes(positions) / 2
 }
 
 /// A block's weights: a row of columns for each of its positions.
@@ -1021,16 +817,5 @@ mod tests {
                 same_bits("after larger rows", &product(), &alone);
             }
         }
-    }
-
-    #[test]
-    fn numbers_too_small_for_a_scale_are_zero() {
-        for x in [0.0, 1e-31, -1e-38] {
-            let block = Quantised::new(&[x; BLOCK]);
-            assert_eq!((block.scale, block.sum, block.integers), (0.0, 0.0, [0; BLOCK]));
-        }
-        let block = Quantised::new(&[-1e-20; BLOCK]);
-        assert_eq!(block.integers[0], -32767);
-        assert!((block.sum / (-32.0 * 1e-20) - 1.0).abs() < 1e-6);
     }
 }

@@ -12,13 +12,12 @@
 use std::ops::Range;
 use std::sync::OnceLock;
 
+use crate::amx::ByteTiles;
 use crate::host::simd;
-use crate::int_tiles::ByteTiles;
 
+pub(crate) use crate::matrix::{COLUMNS, Row};
 pub(crate) use packed::{Packed, PackedIsa, floats_of_packed, ints_of_bytes, ints_of_nibbles};
 
-/// Output columns that lie together: two vectors of AVX-512.
-pub(crate) const COLUMNS: usize = 32;
 /// Positions along k that share a scale.
 pub(crate) const BLOCK: usize = 32;
 /// Most rows of a tile of integers by AVX-512.
@@ -28,9 +27,6 @@ pub(crate) const PAIRS: usize = BLOCK / 2;
 
 /// Two bytes of each column's block.
 pub(crate) type Unit = [u8; 2 * COLUMNS];
-
-/// One result of each column.
-pub(crate) type Row = [f32; COLUMNS];
 
 /// A set of instructions that kernels are written for, and that this machine has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
