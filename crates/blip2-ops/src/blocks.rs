@@ -1,5 +1,11 @@
 //! Blocks of 32 positions with a scale of their own: of quantised weights, as kernels read them, and of x.
 
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use crate::float_tiles::cut;
+use crate::host::{self, simd};
 use crate::quant::half_to_f32;
 use crate::tile::{BLOCK, COLUMNS, Integers, Ints, Isa, PAIRS, Row, Unit};
 
@@ -155,9 +161,73 @@ impl<Q: Integers> Blocks<Q> {
     }
 }
 
+/// How integers of x are kept, for a kernel.
+pub(crate) trait Kept: Sized + Send {
+    /// Positions along k that one of them holds.
+    const POSITIONS: usize;
+
+    /// Writes block `block` of row `row` of a tile of `height` rows to the tile's place.
+    fn keep(integers: &[i16; BLOCK], place: &mut [Self], height: usize, block: usize, row: usize);
+}
+
+/// Rows of x as integers, each with a scale, and with the sum of the integers, scaled: `[chunk][tile][block][row]`, integers as they are [`Kept`].
+pub(crate) struct Places<'a, T> {
+    pub(crate) integers: &'a mut [T],
+    pub(crate) scales: &'a mut [f32],
+    pub(crate) sums: &'a mut [f32],
+}
+
+/// Quantises rows of x, `width` long; rows that a tile has and x has not are left as they are.
+pub(crate) fn quantise<T: Kept>(
+    x: &[f32],
+    width: usize,
+    chunks: &[Range<usize>],
+    tiles: &[Range<usize>],
+    to: Places<'_, T>,
+) {
+    let Places { integers, scales, sums } = to;
+    let integers = cut(integers, chunks, tiles, T::POSITIONS).into_iter();
+    let scales = cut(scales, chunks, tiles, BLOCK);
+    let sums = cut(sums, chunks, tiles, BLOCK);
+    let parts = chunks.iter().flat_map(|k| tiles.iter().map(move |rows| (k, rows)));
+    let tasks: Vec<_> = integers.zip(scales.into_iter().zip(sums)).zip(parts).collect();
+    let run = |((integers, (scales, sums)), (k, rows)): (_, (&Range<usize>, &Range<usize>))| {
+        quantise_tile(x, width, k, rows, Places::<T> { integers, scales, sums });
+    };
+    if x.len() < host::GRAIN {
+        tasks.into_iter().for_each(run);
+    } else {
+        tasks.into_par_iter().for_each(run);
+    }
+}
+
+/// A chunk of a tile's rows.
+fn quantise_tile<T: Kept>(
+    x: &[f32],
+    width: usize,
+    k: &Range<usize>,
+    rows: &Range<usize>,
+    to: Places<'_, T>,
+) {
+    let (height, Places { integers, scales, sums }) = (rows.len(), to);
+    simd(
+        #[inline(always)]
+        |_| {
+            for (row, x) in x[rows.start * width..].chunks_exact(width).take(height).enumerate() {
+                for (block, x) in x[k.clone()].as_chunks::<BLOCK>().0.iter().enumerate() {
+                    let quantised = Quantised::new(x);
+                    T::keep(&quantised.integers, integers, height, block, row);
+                    let place = block * height + row;
+                    (scales[place], sums[place]) = (quantised.scale, quantised.sum);
+                }
+            }
+        },
+    );
+}
+
 /// A block of x as integers.
-pub(crate) struct Quantised {
-    pub(crate) integers: [i16; BLOCK],
+struct Quantised {
+    integers: [i16; BLOCK],
     scale: f32,
     /// Of the integers, scaled.
     sum: f32,
@@ -166,7 +236,7 @@ pub(crate) struct Quantised {
 impl Quantised {
     /// Numbers that are not finite make the scale NaN, and so every result: nothing is hidden by rounding.
     #[inline(always)]
-    pub(crate) fn new(x: &[f32; BLOCK]) -> Self {
+    fn new(x: &[f32; BLOCK]) -> Self {
         const MOST: f32 = 32767.0;
         /// Below this everything is zero: its reciprocal would overflow.
         const LEAST: f32 = 1e-30;
@@ -199,12 +269,6 @@ impl Quantised {
         }
         let total = totals.into_iter().fold(0, u32::wrapping_add) as i32;
         Self { integers, scale, sum: scale * total as f32 }
-    }
-
-    /// What products need besides the integers: their scale, and their sum, scaled.
-    #[inline(always)]
-    pub(crate) fn scales(&self) -> [f32; 2] {
-        [self.scale, self.sum]
     }
 }
 

@@ -135,6 +135,17 @@ impl FlatGradients {
         })
     }
 
+    /// That of `weight`, in its shape; it shares memory with all of them.
+    ///
+    /// # Errors
+    /// If `weight` has no place here.
+    pub fn of(&self, weight: &Tensor) -> Result<Tensor> {
+        let Some(place) = self.places.get(&weight.id()) else {
+            bail!("{NAME}: there is no place for a weight of shape {:?}", weight.shape());
+        };
+        self.flat.narrow(0, place.start, place.len)?.reshape(weight.shape())
+    }
+
     /// All of them, in the order of the weights; what has got none since [`Self::clear`] is anything.
     #[must_use]
     pub fn flat(&self) -> &Tensor {
@@ -295,6 +306,11 @@ mod tests {
                 }
             }
             close("all", &numbers(flat.flat()), &expected.concat());
+            for (weight, expected) in model.weights().into_iter().zip(&expected) {
+                let gradient = flat.of(weight).unwrap();
+                assert_eq!(gradient.shape(), weight.shape());
+                close("each", &numbers(&gradient), expected);
+            }
         }
     }
 
@@ -362,6 +378,8 @@ mod tests {
         let mut flat = FlatGradients::new([model.matrix.as_tensor()]).unwrap();
         let table = model.table.as_tensor();
         let err = flat.add(table, table, 1.0).unwrap_err().to_string();
+        assert!(err.contains("no place for a weight of shape [50, 24]"), "{err}");
+        let err = flat.of(table).unwrap_err().to_string();
         assert!(err.contains("no place for a weight of shape [50, 24]"), "{err}");
         let err = flat.add(&model.matrix, table, 1.0).unwrap_err().to_string();
         assert!(err.contains("1200 numbers do not fit weight [24, 24]"), "{err}");

@@ -10,15 +10,10 @@
 )]
 
 use std::cell::Cell;
-use std::ops::Range;
-
-use rayon::prelude::*;
 
 use crate::amx::ByteTiles;
-use crate::blocks::{Blocks, INT_CHUNK, IntKind, Quantised, units_of};
+use crate::blocks::{Blocks, INT_CHUNK, IntKind, Kept, Places, quantise, units_of};
 use crate::factor::{chunks, lengthen};
-use crate::float_tiles::cut;
-use crate::host::{self, simd};
 use crate::tile::{BLOCK, COLUMNS, INT_ROWS, Integers, Ints, Isa, Row, Unit};
 
 /// Rows of x in a tile, at most.
@@ -39,15 +34,19 @@ struct Line {
 
 impl Line {
     const EMPTY: Self = Self { upper: [0; BLOCK], lower: [0; BLOCK] };
+}
+
+/// `[block][row]`.
+impl Kept for Line {
+    const POSITIONS: usize = BLOCK;
 
     #[inline(always)]
-    fn new(integers: &[i16; BLOCK]) -> Self {
-        let mut line = Self::EMPTY;
+    fn keep(integers: &[i16; BLOCK], place: &mut [Self], height: usize, block: usize, row: usize) {
+        let line = &mut place[block * height + row];
         for ((upper, lower), q) in line.upper.iter_mut().zip(&mut line.lower).zip(integers) {
             *upper = (q >> 8) as i8;
             *lower = *q as u8;
         }
-        line
     }
 }
 
@@ -110,7 +109,7 @@ fn interleave(first: &Unit, second: &Unit, out: &mut Quad) {
 #[repr(align(64))]
 struct Sums([[[i32; COLUMNS / 2]; ROWS]; 2]);
 
-/// What a task needs room for; while it is there its thread's tiles are set up.
+/// What a task needs room for; when it goes its thread's tiles are given back.
 pub(crate) struct Room {
     blocks: Blocks<Quads>,
     /// Of the block that is multiplied, and of the one before it.
@@ -169,39 +168,21 @@ impl ByteRows {
         lengthen(&mut rows.place.lines, len, Line::EMPTY);
         lengthen(&mut rows.place.scales, len, 0.0);
         lengthen(&mut rows.place.sums, len, 0.0);
-        rows.fill(x, len);
+        let chunks = chunks(width, INT_CHUNK);
+        let tiles: Vec<_> = (0..n).step_by(height).map(|row| row..row + height).collect();
+        let Place { lines, scales, sums } = &mut rows.place;
+        let places = Places {
+            integers: &mut lines[..len],
+            scales: &mut scales[..len],
+            sums: &mut sums[..len],
+        };
+        quantise(x, width, &chunks, &tiles, places);
         rows
     }
 
     /// Rows with those that the last tile lacks.
     fn padded(&self) -> usize {
         self.n.next_multiple_of(self.height)
-    }
-
-    /// Quantises x, every chunk of a tile as a task.
-    fn fill(&mut self, x: &[f32], len: usize) {
-        let Self { place: Place { lines, scales, sums }, n, height, blocks, .. } = self;
-        let chunks = chunks(*blocks * BLOCK, INT_CHUNK);
-        let tiles: Vec<_> = (0..*n).step_by(*height).map(|row| row..row + *height).collect();
-        let lines = cut(&mut lines[..len], &chunks, &tiles, BLOCK).into_iter();
-        let scales = cut(&mut scales[..len], &chunks, &tiles, BLOCK);
-        let sums = cut(&mut sums[..len], &chunks, &tiles, BLOCK);
-        let parts = chunks.iter().flat_map(|k| tiles.iter().map(move |rows| (k, rows)));
-        let tasks: Vec<_> = lines
-            .zip(scales.into_iter().zip(sums))
-            .zip(parts)
-            .map(|((lines, (scales, sums)), (k, rows))| {
-                let rows = rows.start..rows.end.min(*n);
-                Task { lines, scales, sums, k: k.clone(), rows, height: *height }
-            })
-            .collect();
-        let width = *blocks * BLOCK;
-        let run = |task: Task<'_>| task.run(x, width);
-        if x.len() < host::GRAIN {
-            tasks.into_iter().for_each(run);
-        } else {
-            tasks.into_par_iter().for_each(run);
-        }
     }
 
     /// Adds the product with the panel that `units` begin with to `out`. Units that lie behind it are those that come next.
@@ -268,36 +249,6 @@ impl Chunk<'_> {
 impl Drop for ByteRows {
     fn drop(&mut self) {
         PLACE.set(std::mem::take(&mut self.place));
-    }
-}
-
-/// A chunk of a tile's rows to quantise, and where to.
-struct Task<'a> {
-    lines: &'a mut [Line],
-    scales: &'a mut [f32],
-    sums: &'a mut [f32],
-    k: Range<usize>,
-    /// Those that there are.
-    rows: Range<usize>,
-    height: usize,
-}
-
-impl Task<'_> {
-    fn run(self, x: &[f32], width: usize) {
-        simd(
-            #[inline(always)]
-            |_| {
-                for (r, row) in self.rows.enumerate() {
-                    let blocks = x[row * width..][self.k.clone()].as_chunks::<BLOCK>().0;
-                    for (b, block) in blocks.iter().enumerate() {
-                        let place = b * self.height + r;
-                        let quantised = Quantised::new(block);
-                        self.lines[place] = Line::new(&quantised.integers);
-                        [self.scales[place], self.sums[place]] = quantised.scales();
-                    }
-                }
-            },
-        );
     }
 }
 

@@ -20,10 +20,12 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::amx::STEP;
-use crate::blocks::{Blocks, INT_CHUNK, IntKind, Quantised, halves, q4_k_scales, units_of};
+use crate::blocks::{
+    Blocks, INT_CHUNK, IntKind, Kept, Places, halves, q4_k_scales, quantise, units_of,
+};
 use crate::factor::{self, Factor, Finish, chunks};
-use crate::float_tiles::{FloatRows, cut, place, tiles};
-use crate::host::{self, simd};
+use crate::float_tiles::{FloatRows, place, tiles};
+use crate::host::simd;
 use crate::int_tiles::{self, ByteRows};
 use crate::matrix::{self, Output, RowsMut, split_columns};
 use crate::quant::half_to_f32;
@@ -511,25 +513,8 @@ impl QuantisedRows {
         let mut pairs = vec![0i32; n * width / 2];
         let mut scales = vec![0f32; n * width / BLOCK];
         let mut sums = scales.clone();
-        let mut places = cut(&mut pairs, &chunks, &tiles, 2).into_iter();
-        let mut scale_places = cut(&mut scales, &chunks, &tiles, BLOCK).into_iter();
-        let mut sum_places = cut(&mut sums, &chunks, &tiles, BLOCK).into_iter();
-        let mut tasks = Vec::with_capacity(chunks.len() * tiles.len());
-        for k in &chunks {
-            for rows in &tiles {
-                let (Some(pairs), Some(scales), Some(sums)) =
-                    (places.next(), scale_places.next(), sum_places.next())
-                else {
-                    unreachable!("a place for every chunk and tile")
-                };
-                tasks.push(Quantising { pairs, scales, sums, k: k.clone(), rows: rows.clone() });
-            }
-        }
-        if x.len() < host::GRAIN {
-            tasks.into_iter().for_each(|task| task.run(x, width));
-        } else {
-            tasks.into_par_iter().for_each(|task| task.run(x, width));
-        }
+        let places = Places { integers: &mut pairs, scales: &mut scales, sums: &mut sums };
+        quantise(x, width, &chunks, &tiles, places);
         Self { pairs, scales, sums, n, chunks, tiles }
     }
 
@@ -588,35 +573,16 @@ fn straight(isa: Isa, kind: IntKind, x: IntRows<'_>, units: &[Unit], out: &mut [
     true
 }
 
-/// A chunk and a tile to quantise, and where to.
-struct Quantising<'a> {
-    pairs: &'a mut [i32],
-    scales: &'a mut [f32],
-    sums: &'a mut [f32],
-    k: Range<usize>,
-    rows: Range<usize>,
-}
+/// Pairs of positions: `[block][pair][row]`.
+impl Kept for i32 {
+    const POSITIONS: usize = 2;
 
-impl Quantising<'_> {
-    fn run(self, x: &[f32], width: usize) {
-        let count = self.rows.len();
-        simd(
-            #[inline(always)]
-            |_| {
-                for (r, row) in self.rows.enumerate() {
-                    let blocks = x[row * width..][self.k.clone()].as_chunks::<BLOCK>().0;
-                    for (b, block) in blocks.iter().enumerate() {
-                        let quantised = Quantised::new(block);
-                        let out = self.pairs[b * PAIRS * count..].iter_mut().skip(r).step_by(count);
-                        for (out, pair) in out.zip(quantised.integers.as_chunks::<2>().0) {
-                            *out = i32::from(pair[0]) & 0xFFFF | i32::from(pair[1]) << 16;
-                        }
-                        let place = b * count + r;
-                        [self.scales[place], self.sums[place]] = quantised.scales();
-                    }
-                }
-            },
-        );
+    #[inline(always)]
+    fn keep(integers: &[i16; BLOCK], place: &mut [Self], height: usize, block: usize, row: usize) {
+        let out = place[block * PAIRS * height..].iter_mut().skip(row).step_by(height);
+        for (out, pair) in out.zip(integers.as_chunks::<2>().0) {
+            *out = Self::from(pair[0]) & 0xFFFF | Self::from(pair[1]) << 16;
+        }
     }
 }
 

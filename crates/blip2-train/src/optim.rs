@@ -237,8 +237,7 @@ impl AdamW {
                 )));
             }
             let range = slot.start..slot.start + slot.len;
-            let grad = gradients.flat().narrow(0, slot.start, slot.len)?;
-            let grad = grad.reshape(slot.dims.as_slice())?;
+            let grad = gradients.flat.of(var)?;
             let decay = decays(name, &slot.dims);
             numbers.weight_decay = if decay { self.config.weight_decay } else { 0.0 };
             numbers.lr = lr * lr_scale(name, self.depth, self.config.layer_decay);
