@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use crate::float_tiles::cut;
 use crate::host::{self, simd};
 use crate::quant::half_to_f32;
-use crate::tile::{BLOCK, COLUMNS, Integers, Ints, Isa, PAIRS, Row, Unit};
+use crate::tile::{BLOCK, COLUMNS, Integers, Ints, Isa, PAIRS, Q4_K_HEAD, Row, Unit};
 
 /// Positions along k of quantised weights that are worked on together: unpacked, they fit the first-level cache. A block of Q4_K.
 pub(crate) const INT_CHUNK: usize = 256;
@@ -84,7 +84,7 @@ impl IntKind {
                     for (out, scales) in out.iter_mut().zip(scales) {
                         [out.scale, out.offset] = scales;
                     }
-                    let pairs = units[8..].chunks_exact(PAIRS).zip(out.as_chunks_mut::<2>().0);
+                    let pairs = units[Q4_K_HEAD..].chunks_exact(PAIRS).zip(out.as_chunks_mut::<2>().0);
                     for (units, [low, high]) in pairs {
                         Q::nibbles(units, low.q.parts(), high.q.parts(), 0);
                     }
@@ -114,7 +114,7 @@ pub(crate) fn halves(unit: &Unit) -> Row {
 pub(crate) fn q4_k_scales(units: &[Unit], out: &mut [[Row; 2]; 8]) {
     let (d, d_min) = (halves(&units[0]), halves(&units[1]));
     let mut packed = [[0u8; COLUMNS]; 12];
-    for (bytes, unit) in packed.as_chunks_mut::<2>().0.iter_mut().zip(&units[2..8]) {
+    for (bytes, unit) in packed.as_chunks_mut::<2>().0.iter_mut().zip(&units[2..Q4_K_HEAD]) {
         for (c, pair) in unit.as_chunks::<2>().0.iter().enumerate() {
             bytes[0][c] = pair[0];
             bytes[1][c] = pair[1];

@@ -30,8 +30,8 @@ use crate::int_tiles::{self, ByteRows};
 use crate::matrix::{self, Output, RowsMut, split_columns};
 use crate::quant::half_to_f32;
 use crate::tile::{
-    self, BLOCK, COLUMNS, Floats, IntRows, Ints, Isa, Lies, PAIRS, Packed, PackedIsa, Pairs, Row,
-    Unit,
+    self, BLOCK, COLUMNS, Floats, IntRows, Ints, Isa, Lies, PAIRS, Packed, PackedIsa, Pairs,
+    Q4_K_HEAD, Row, Unit,
 };
 
 /// Rows of x that are worked on together: a chunk of them fits the second-level cache.
@@ -487,7 +487,7 @@ impl FloatRows {
                     let mut scales = [[[0.0; COLUMNS]; 2]; 8];
                     q4_k_scales(units, &mut scales);
                     for (i, [scale, offset]) in scales.iter().enumerate() {
-                        let units = &units[8 + i / 2 * PAIRS..][..PAIRS];
+                        let units = &units[Q4_K_HEAD + i / 2 * PAIRS..][..PAIRS];
                         let lies = if i % 2 == 0 { Lies::Low } else { Lies::High };
                         block(i * BLOCK..(i + 1) * BLOCK, units, lies, scale, Some(offset));
                     }
@@ -566,7 +566,7 @@ fn straight(isa: Isa, kind: IntKind, x: IntRows<'_>, units: &[Unit], out: &mut [
                 #[inline(always)]
                 || q4_k_scales(units, &mut scales),
             );
-            tile::ints_of_nibbles(packed, x, &units[8..], &scales, out);
+            tile::ints_of_nibbles(packed, x, &units[Q4_K_HEAD..], &scales, out);
         }
         IntKind::Q4_0 | IntKind::Q4_1 => return false,
     }

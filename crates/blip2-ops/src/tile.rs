@@ -25,6 +25,9 @@ pub(crate) const INT_ROWS: usize = 6;
 /// Pairs of positions in a block: integer products are summed two by two.
 pub(crate) const PAIRS: usize = BLOCK / 2;
 
+/// Units of a block of Q4_K that hold its scales, before its integers.
+pub(crate) const Q4_K_HEAD: usize = 8;
+
 /// Two bytes of each column's block.
 pub(crate) type Unit = [u8; 2 * COLUMNS];
 
@@ -429,7 +432,7 @@ pub(crate) mod x86 {
     use std::arch::asm;
     use std::arch::x86_64::*;
 
-    use super::{Floats, IntRows, Ints, Lies, PAIRS, Packed, Row, Unit};
+    use super::{Floats, IntRows, Ints, Lies, PAIRS, Packed, Q4_K_HEAD, Row, Unit};
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     pub(super) fn compile_avx512(f: impl FnOnce()) {
@@ -954,6 +957,10 @@ pub(crate) mod x86 {
                     }
                 }
             }
+        }
+        // The scales of the block that comes next have no turn of their own to ask in.
+        if let Some(last) = units.last() {
+            (1..=Q4_K_HEAD).for_each(|i| prefetch(last, FEW_AHEAD + i));
         }
         store_rows(out, results);
     }
