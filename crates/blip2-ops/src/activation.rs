@@ -72,38 +72,6 @@ fn sigmoid(f: Fma, x: f32) -> f32 {
     1.0 / (1.0 + host::exp(f, -x))
 }
 
-#[inline(always)]
-fn map(x: &[f32], g: impl Fn(Fma, f32) -> f32 + Sync) -> Vec<f32> {
-    let mut y = vec![0f32; x.len()];
-    host::for_pieces(&mut y, GRAIN, |start, y| {
-        simd(
-            #[inline(always)]
-            |f| {
-                for (y, x) in y.iter_mut().zip(&x[start..]) {
-                    *y = g(f, *x);
-                }
-            },
-        );
-    });
-    y
-}
-
-#[inline(always)]
-fn map2(a: &[f32], b: &[f32], g: impl Fn(Fma, f32, f32) -> f32 + Sync) -> Vec<f32> {
-    let mut y = vec![0f32; a.len()];
-    host::for_pieces(&mut y, GRAIN, |start, y| {
-        simd(
-            #[inline(always)]
-            |f| {
-                for ((y, a), b) in y.iter_mut().zip(&a[start..]).zip(&b[start..]) {
-                    *y = g(f, *a, *b);
-                }
-            },
-        );
-    });
-    y
-}
-
 /// A function of one number, and what it makes of a gradient. Both must be `#[inline(always)]`.
 trait Pointwise {
     const NAME: &'static str;
@@ -126,7 +94,7 @@ impl<P: Pointwise> CustomOp1 for Map<P> {
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let x = host::values(P::NAME, storage, layout)?;
-        let y = map(
+        let y = host::map(
             &x,
             #[inline(always)]
             |f, x| P::value(f, x),
@@ -136,7 +104,7 @@ impl<P: Pointwise> CustomOp1 for Map<P> {
 
     fn bwd(&self, x: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let (xs, gs) = (Host::new(P::NAME, x)?, Host::new(P::NAME, grad)?);
-        let dx = map2(
+        let dx = host::map2(
             &xs,
             &gs,
             #[inline(always)]
@@ -232,7 +200,7 @@ impl CustomOp2 for Add {
         l2: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (x, y) = (host::values(ADD, s1, l1)?, host::values(ADD, s2, l2)?);
-        let sum = map2(
+        let sum = host::map2(
             &x,
             &y,
             #[inline(always)]
@@ -269,7 +237,7 @@ impl CustomOp2 for SiluGate {
     ) -> Result<(CpuStorage, Shape)> {
         let gate = host::values(SILU_GATE, s1, l1)?;
         let up = host::values(SILU_GATE, s2, l2)?;
-        let y = map2(
+        let y = host::map2(
             &gate,
             &up,
             #[inline(always)]
@@ -302,7 +270,7 @@ impl CustomOp2 for SiluGate {
             );
         });
         let d_up = up.track_op().then(|| {
-            map2(
+            host::map2(
                 gates,
                 gs,
                 #[inline(always)]

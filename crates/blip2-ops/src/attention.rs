@@ -9,7 +9,7 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use crate::dropout::DropoutKey;
-use crate::gemm::{self, Output, RowsMut, Threads, product};
+use crate::gemm::{self, Finish, RowsMut, Threads, product};
 use crate::host::{self, Fma, Host, simd};
 use crate::work;
 
@@ -153,7 +153,7 @@ impl Attention {
         let Dims { tq, tk, .. } = self.dims;
         let (q, k) = (self.q(x.q, b, head), self.kv(x.k, b, head));
         let scores = gemm::rows_mut(p, tq, tk);
-        product(scores, Output::Replace, self.scale, q, k.transpose(), Threads::One);
+        product(scores, Finish::REPLACE.times(self.scale), q, k.transpose(), Threads::One);
         let strides = self.bias.as_ref().map_or([0; 4], |bias| bias.strides);
         simd(
             #[inline(always)]
@@ -204,7 +204,7 @@ impl Attention {
 
     fn forward(&self, x: &Inputs<'_>) -> Vec<f32> {
         let Dims { b, tq, tk, h, d, .. } = self.dims;
-        let mut y = vec![0f32; b * tq * h * d];
+        let mut y = host::zeros(b * tq * h * d);
         work::read(size_of_val(x.k) + size_of_val(x.v));
         if tk == 0 {
             return y;
@@ -214,7 +214,7 @@ impl Attention {
             self.probabilities(x, b, head, p);
             self.drop_out(b, head, p);
             let v = self.kv(x.v, b, head);
-            product(out, Output::Replace, 1.0, gemm::rows(p, tq, tk), v, Threads::One);
+            product(out, Finish::REPLACE, gemm::rows(p, tq, tk), v, Threads::One);
         });
         y
     }
@@ -223,7 +223,7 @@ impl Attention {
     fn backward(&self, x: &Inputs<'_>, dy: &[f32], want: [bool; 3]) -> [Vec<f32>; 3] {
         let Dims { b, tq, tk, h, kv, d } = self.dims;
         let group = self.dims.group();
-        let size = |want: bool, n: usize| vec![0f32; if want { n } else { 0 }];
+        let size = |want: bool, n: usize| host::zeros(if want { n } else { 0 });
         let mut dq = size(want[0], b * tq * h * d);
         let mut dk = size(want[1], b * tk * kv * d);
         let mut dv = size(want[2], b * tk * kv * d);
@@ -251,24 +251,30 @@ impl Attention {
                     ds.copy_from_slice(p);
                     self.drop_out(b, head, ds);
                     let kept = gemm::rows(ds, tq, tk).transpose();
-                    product(dv.as_mut(), Output::Add, 1.0, kept, dy, Threads::One);
+                    product(dv.as_mut(), Finish::ADD, kept, dy, Threads::One);
                 }
                 if !want[0] && !want[1] {
                     continue;
                 }
                 let v = self.kv(x.v, b, head).transpose();
                 let out = gemm::rows_mut(ds, tq, tk);
-                product(out, Output::Replace, 1.0, dy, v, Threads::One);
+                product(out, Finish::REPLACE, dy, v, Threads::One);
                 self.drop_out(b, head, ds);
                 soft_max_backward(p, ds, tk);
                 let ds = gemm::rows(ds, tq, tk);
                 if let Some(dq) = dq.next() {
                     let k = self.kv(x.k, b, head);
-                    product(dq, Output::Replace, self.scale, ds, k, Threads::One);
+                    product(dq, Finish::REPLACE.times(self.scale), ds, k, Threads::One);
                 }
                 if let Some(dk) = &mut dk {
                     let q = self.q(x.q, b, head);
-                    product(dk.as_mut(), Output::Add, self.scale, ds.transpose(), q, Threads::One);
+                    product(
+                        dk.as_mut(),
+                        Finish::ADD.times(self.scale),
+                        ds.transpose(),
+                        q,
+                        Threads::One,
+                    );
                 }
             }
         });

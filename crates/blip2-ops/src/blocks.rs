@@ -84,7 +84,8 @@ impl IntKind {
                     for (out, scales) in out.iter_mut().zip(scales) {
                         [out.scale, out.offset] = scales;
                     }
-                    let pairs = units[Q4_K_HEAD..].chunks_exact(PAIRS).zip(out.as_chunks_mut::<2>().0);
+                    let pairs =
+                        units[Q4_K_HEAD..].chunks_exact(PAIRS).zip(out.as_chunks_mut::<2>().0);
                     for (units, [low, high]) in pairs {
                         Q::nibbles(units, low.q.parts(), high.q.parts(), 0);
                     }

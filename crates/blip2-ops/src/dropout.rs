@@ -122,7 +122,7 @@ struct DropoutOp {
 
 impl DropoutOp {
     fn masked(&self, x: &[f32]) -> Vec<f32> {
-        let mut y = vec![0f32; x.len()];
+        let mut y = host::zeros(x.len());
         host::for_pieces(&mut y, GRAIN, |start, y| {
             simd(
                 #[inline(always)]

@@ -35,6 +35,18 @@ pub(crate) struct Finish<'a> {
     pub(crate) bias: Option<&'a [f32]>,
 }
 
+impl Finish<'_> {
+    /// They replace what was there.
+    pub(crate) const REPLACE: Self = Self { output: Output::Replace, alpha: 1.0, bias: None };
+    /// They are added to it.
+    pub(crate) const ADD: Self = Self { output: Output::Add, ..Self::REPLACE };
+
+    /// After multiplication with `alpha`.
+    pub(crate) fn times(self, alpha: f32) -> Self {
+        Self { alpha, ..self }
+    }
+}
+
 /// The columns of `out` by tasks, each with its panels: as equal as can be, and as many tasks for each thread.
 pub(crate) fn pieces(out: RowsMut<'_>) -> Vec<(Range<usize>, RowsMut<'_>)> {
     let panels = out.ncols().div_ceil(COLUMNS);

@@ -6,11 +6,12 @@
 use std::cell::Cell;
 use std::ops::Range;
 
+use faer::RowRef;
 use rayon::prelude::*;
 
 use crate::factor::{Factor, Finish, STRIDES, chunks, lengthen, pieces, write};
 use crate::host;
-use crate::matrix::{Output, Rows, RowsMut};
+use crate::matrix::{Rows, RowsMut};
 use crate::tile::{self, COLUMNS, Floats, Isa, Row, part_of};
 
 /// Positions along k that are worked on together: floats of x and of a panel that fit the second-level cache.
@@ -27,9 +28,8 @@ const MOST_NUMBERS: usize = 8 << 20;
 /// Tiles of a that are multiplied with all panels of a task before the next: a chunk of them fits the second-level cache.
 const TILES: usize = 16;
 
-/// `out (m,n) [+]= alpha * a (m,k) · b (k,n)`; a has a contiguous dimension, out's is its columns.
-pub(crate) fn product(out: RowsMut<'_>, output: Output, alpha: f32, a: Rows<'_>, b: &impl Factor) {
-    let finish = Finish { output, alpha, bias: None };
+/// `out (m,n) [+]= alpha * a (m,k) · b (k,n) + bias`; a has a contiguous dimension, out's is its columns.
+pub(crate) fn product(out: RowsMut<'_>, finish: Finish<'_>, a: Rows<'_>, b: &impl Factor) {
     let most_rows = (MOST_NUMBERS / a.ncols()).clamp(TILES * TILES, MOST_ROWS);
     let mut rest = out;
     for rows in tiles(a.nrows(), most_rows) {
@@ -197,22 +197,39 @@ impl FloatRows {
 fn fill(rows: Rows<'_>, out: &mut [f32]) {
     let n = rows.nrows();
     if rows.row_stride() == 1 {
-        for (out, column) in out.chunks_exact_mut(n).zip(rows.transpose().row_iter()) {
-            let Some(column) = column.try_as_row_major() else { unreachable!("{STRIDES}") };
-            out.copy_from_slice(column.as_slice());
-        }
-        return;
+        // What many rows are cut into: a copy of known length is no call.
+        return match n {
+            13 => fill_columns::<13>(rows, out),
+            14 => fill_columns::<14>(rows, out),
+            _ => {
+                for (out, column) in out.chunks_exact_mut(n).zip(rows.transpose().row_iter()) {
+                    out.copy_from_slice(contiguous(column));
+                }
+            }
+        };
     }
     // Strip by strip: rows are read side by side, so that their lines arrive together.
     for (strip, out) in out.chunks_mut(PER_LINE * n).enumerate() {
         for (r, row) in rows.row_iter().enumerate() {
-            let Some(row) = row.try_as_row_major() else { unreachable!("{STRIDES}") };
-            let row = &row.as_slice()[strip * PER_LINE..];
+            let row = &contiguous(row)[strip * PER_LINE..];
             for (out, x) in out.chunks_exact_mut(n).zip(row) {
                 out[r] = *x;
             }
         }
     }
+}
+
+/// [`fill`] for N rows whose numbers of a position lie together.
+fn fill_columns<const N: usize>(rows: Rows<'_>, out: &mut [f32]) {
+    for (out, column) in out.as_chunks_mut::<N>().0.iter_mut().zip(rows.transpose().row_iter()) {
+        let Some(column) = contiguous(column).as_array() else { unreachable!("{N} rows") };
+        *out = *column;
+    }
+}
+
+fn contiguous(row: RowRef<'_, f32>) -> &[f32] {
+    let Some(row) = row.try_as_row_major() else { unreachable!("{STRIDES}") };
+    row.as_slice()
 }
 
 impl Drop for FloatRows {
@@ -248,7 +265,7 @@ mod tests {
                 let before = numbers(m * (n + 5), 3);
                 let mut wide = before.clone();
                 let out = matrix::rows_mut(&mut wide, m, n + 5).subcols_mut(2, n);
-                product(out, Output::Add, 0.5, a, &Matrix(b));
+                product(out, Finish::ADD.times(0.5), a, &Matrix(b));
                 for i in (0..m).step_by(1 + m / 40) {
                     for j in 0..n + 5 {
                         let inside = j.checked_sub(2).filter(|j| *j < n);
@@ -272,7 +289,7 @@ mod tests {
         let (a, b) = (view(&a, m, k, false), view(&b, k, n, true));
         let mut out = vec![f32::NAN; m * n];
         let to = matrix::rows_mut(&mut out, m, n);
-        product(to, Output::Replace, 1.0, a, &Matrix(b));
+        product(to, Finish::REPLACE, a, &Matrix(b));
         for i in (0..m).step_by(97).chain([m - 1]) {
             for j in 0..n {
                 assert_eq!(out[i * n + j].to_bits(), sum(a, b, i, j).to_bits(), "({i}, {j})");

@@ -22,7 +22,7 @@ use crate::factor::Finish;
 use crate::float_tiles;
 use crate::gemm::{self, Output, Rows, RowsMut, Threads, Way, product};
 use crate::host::{self, Host};
-use crate::linear::{check_bias, fill_rows, out_shape};
+use crate::linear::{check_bias, out_shape};
 use crate::panel::{Arithmetic, Panels, Turned};
 use crate::tile::{COLUMNS, Row};
 use crate::{quant, work};
@@ -425,6 +425,16 @@ pub fn frozen_linear(x: &Tensor, weight: &FrozenWeight, bias: Option<&Tensor>) -
     x.apply_op1(FrozenLinear { weight: weight.clone(), bias, arithmetic, way })
 }
 
+/// Copies `bias` into every row of `out`.
+fn fill_rows(out: &mut [f32], bias: &[f32]) {
+    if bias.is_empty() {
+        return;
+    }
+    for row in out.chunks_exact_mut(bias.len()) {
+        row.copy_from_slice(bias);
+    }
+}
+
 struct FrozenLinear {
     weight: FrozenWeight,
     bias: Option<Tensor>,
@@ -445,9 +455,9 @@ impl FrozenLinear {
             let Way::Tiles(amx) = self.way else {
                 return Ok(panels.product(x, n, bias, self.arithmetic));
             };
-            let mut y = vec![0f32; n * out];
+            let mut y = host::zeros(n * out);
             let y_rows = gemm::rows_mut(&mut y, n, out);
-            let finish = Finish { output: Output::Replace, alpha: 1.0, bias };
+            let finish = Finish { bias, ..Finish::REPLACE };
             bf16_tiles::product(Some(amx), y_rows, finish, gemm::rows(x, n, width), panels);
             return Ok(y);
         }
@@ -455,7 +465,7 @@ impl FrozenLinear {
         if n <= FEW_ROWS {
             return Ok(few_rows(&blocks.reader, x, n, out, bias));
         }
-        let mut y = vec![0f32; n * out];
+        let mut y = host::zeros(n * out);
         let output = match bias {
             Some(bias) => {
                 fill_rows(&mut y, bias);
@@ -474,19 +484,18 @@ impl FrozenLinear {
     fn backward(&self, dy: &[f32], n: usize) -> Result<Vec<f32>> {
         let (out, width) = self.weight.shape();
         work::read(self.weight.bytes());
-        let mut dx = vec![0f32; n * width];
+        let mut dx = host::zeros(n * width);
         if let Store::Panels(panels) = &self.weight.inner.store {
             let (dx_rows, dy) = (gemm::rows_mut(&mut dx, n, width), gemm::rows(dy, n, out));
             match Way::of(n, out, width) {
                 Way::Tiles(amx) => {
                     work::product(n, out, width);
-                    let finish = Finish { output: Output::Replace, alpha: 1.0, bias: None };
-                    bf16_tiles::product(Some(amx), dx_rows, finish, dy, &Turned(panels));
+                    bf16_tiles::product(Some(amx), dx_rows, Finish::REPLACE, dy, &Turned(panels));
                     return Ok(dx);
                 }
                 Way::Floats if panels.are_floats() && gemm::has_float_tiles(n, out, width) => {
                     work::product(n, out, width);
-                    float_tiles::product(dx_rows, Output::Replace, 1.0, dy, &Turned(panels));
+                    float_tiles::product(dx_rows, Finish::REPLACE, dy, &Turned(panels));
                     return Ok(dx);
                 }
                 Way::Floats | Way::Vectors => {}
@@ -528,7 +537,13 @@ impl<'a> Blocks<'a> {
         let count = y.ncols();
         match self.panels(first, count) {
             Some(panels) => panels.forward(y, output, x),
-            None => product(y, output, 1.0, x, self.rows(first, count).transpose(), Threads::All),
+            None => product(
+                y,
+                Finish { output, ..Finish::REPLACE },
+                x,
+                self.rows(first, count).transpose(),
+                Threads::All,
+            ),
         }
     }
 
@@ -537,7 +552,13 @@ impl<'a> Blocks<'a> {
         let count = dy.ncols();
         match self.panels(first, count) {
             Some(panels) => panels.backward(dx, output, dy),
-            None => product(dx, output, 1.0, dy, self.rows(first, count), Threads::All),
+            None => product(
+                dx,
+                Finish { output, ..Finish::REPLACE },
+                dy,
+                self.rows(first, count),
+                Threads::All,
+            ),
         }
     }
 
@@ -588,7 +609,7 @@ fn few_rows(
     if n == 1 {
         return turned;
     }
-    let mut y = vec![0f32; n * out];
+    let mut y = host::zeros(n * out);
     for (o, values) in turned.chunks_exact(n).enumerate() {
         for (i, value) in values.iter().enumerate() {
             y[i * out + o] = *value;

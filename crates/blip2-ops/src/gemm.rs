@@ -5,7 +5,8 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, Par};
 
 use crate::amx::Amx;
-use crate::factor::{Finish, Matrix};
+pub(crate) use crate::factor::Finish;
+use crate::factor::Matrix;
 pub(crate) use crate::matrix::{Output, Rows, RowsMut, columns, rows, rows_mut, split_columns};
 use crate::tile::Isa;
 use crate::{bf16, bf16_tiles, float_tiles, work};
@@ -60,11 +61,10 @@ pub(crate) fn has_float_tiles(m: usize, k: usize, n: usize) -> bool {
     is_large(m, k, n) && is_thick(m, k, n) && Isa::best().has_wide_tiles()
 }
 
-/// `out (m,n) [+]= alpha * a (m,k) · b (k,n)`; pass `.transpose()` views as needed.
+/// `out (m,n) [+]= alpha * a (m,k) · b (k,n) + bias`; pass `.transpose()` views as needed. With a bias the columns of out are contiguous.
 pub(crate) fn product(
     out: RowsMut<'_>,
-    output: Output,
-    alpha: f32,
+    finish: Finish<'_>,
     a: Rows<'_>,
     b: Rows<'_>,
     threads: Threads,
@@ -73,11 +73,7 @@ pub(crate) fn product(
         return;
     }
     if a.ncols() == 0 {
-        if matches!(output, Output::Replace) {
-            let mut out = out;
-            out.fill(0.0);
-        }
-        return;
+        return without_terms(out, finish);
     }
     let (m, k, n) = (out.nrows(), a.ncols(), out.ncols());
     work::product(m, k, n);
@@ -85,22 +81,42 @@ pub(crate) fn product(
     if threads == Threads::All && lie_well(&out, a, b) {
         match Way::of(m, k, n) {
             Way::Floats if has_float_tiles(m, k, n) => {
-                return float_tiles::product(out, output, alpha, a, &Matrix(b));
+                return float_tiles::product(out, finish, a, &Matrix(b));
+            }
+            Way::Tiles(amx) => return bf16_tiles::product(Some(amx), out, finish, a, &Matrix(b)),
+            Way::Vectors => {
+                let (out, output) = biased(out, finish);
+                return bf16::product(out, output, finish.alpha, a, b);
             }
             Way::Floats => {}
-            Way::Tiles(amx) => {
-                let finish = Finish { output, alpha, bias: None };
-                return bf16_tiles::product(Some(amx), out, finish, a, &Matrix(b));
-            }
-            Way::Vectors => return bf16::product(out, output, alpha, a, b),
         }
     }
+    let (out, output) = biased(out, finish);
     let par = if parallel && rayon::current_num_threads() > 1 { Par::rayon(0) } else { Par::Seq };
     let accum = match output {
         Output::Replace => Accum::Replace,
         Output::Add => Accum::Add,
     };
-    matmul(out, accum, a, b, alpha, par);
+    matmul(out, accum, a, b, finish.alpha, par);
+}
+
+/// What is left of a product if nothing is summed.
+fn without_terms(out: RowsMut<'_>, finish: Finish<'_>) {
+    if let (mut out, Output::Replace) = biased(out, finish) {
+        out.fill(0.0);
+    }
+}
+
+/// For products that know no bias: one that is to be added is put to its place, and the product is added to it.
+fn biased<'a>(mut out: RowsMut<'a>, finish: Finish<'_>) -> (RowsMut<'a>, Output) {
+    let (Some(bias), Output::Replace) = (finish.bias, finish.output) else {
+        return (out, finish.output);
+    };
+    for row in out.as_mut().row_iter_mut() {
+        let Some(row) = row.try_as_row_major_mut() else { unreachable!("columns lie together") };
+        row.as_slice_mut().copy_from_slice(bias);
+    }
+    (out, Output::Add)
 }
 
 /// Whether all matrices have a contiguous dimension, as packing wants it.

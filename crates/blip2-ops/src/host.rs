@@ -7,6 +7,7 @@
 //! write disjoint outputs, and partial sums are added in the order of the pieces.
 
 use std::borrow::Cow;
+use std::mem::MaybeUninit;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -175,8 +176,66 @@ pub fn on_computing_thread<R: Send>(f: impl FnOnce() -> R + Send) -> R {
     rayon::scope(|_| f())
 }
 
+/// `n` zeros. Many are written by all threads: one alone would keep the others waiting.
+pub(crate) fn zeros(n: usize) -> Vec<f32> {
+    if n < 4 * GRAIN {
+        return vec![0.0; n];
+    }
+    make(n, |_, piece| piece.fill(MaybeUninit::new(0.0)))
+}
+
+/// `g` of every number of `x`; what it calls must be `#[inline(always)]`, as it must be itself.
+#[inline(always)]
+pub(crate) fn map(x: &[f32], g: impl Fn(Fma, f32) -> f32 + Sync) -> Vec<f32> {
+    make(x.len(), |start, piece| {
+        simd(
+            #[inline(always)]
+            |f| {
+                for (y, x) in piece.iter_mut().zip(&x[start..]) {
+                    y.write(g(f, *x));
+                }
+            },
+        );
+    })
+}
+
+/// The same of two numbers; `b` is as long as `a`.
+#[inline(always)]
+pub(crate) fn map2(a: &[f32], b: &[f32], g: impl Fn(Fma, f32, f32) -> f32 + Sync) -> Vec<f32> {
+    assert_eq!(a.len(), b.len(), "numbers of two tensors of one shape");
+    make(a.len(), |start, piece| {
+        simd(
+            #[inline(always)]
+            |f| {
+                for ((y, a), b) in piece.iter_mut().zip(&a[start..]).zip(&b[start..]) {
+                    y.write(g(f, *a, *b));
+                }
+            },
+        );
+    })
+}
+
+/// `n` numbers. `write(start, piece)` must write all of a piece.
+#[inline(always)]
+fn make(n: usize, write: impl Fn(usize, &mut [MaybeUninit<f32>]) + Sync) -> Vec<f32> {
+    let mut all = Vec::with_capacity(n);
+    for_pieces(&mut all.spare_capacity_mut()[..n], GRAIN, write);
+    #[expect(unsafe_code, reason = "numbers that are written at once need not be zero before")]
+    // SAFETY: there is room for n, and the callers, all of this file, write all of every piece.
+    unsafe {
+        all.set_len(n);
+    }
+    all
+}
+
+/// Rows that a product shares out to all threads without any of them waiting: 128 for each.
+#[must_use]
+pub fn rows_for_all_threads() -> usize {
+    128 * rayon::current_num_threads()
+}
+
 /// Calls `f(start, piece)` on pieces of `chunk` elements of `out`, in parallel if there are several.
-pub(crate) fn for_pieces(out: &mut [f32], chunk: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+pub(crate) fn for_pieces<T: Send>(out: &mut [T], chunk: usize, f: impl Fn(usize, &mut [T]) + Sync) {
     let chunk = chunk.max(1);
     if out.len() <= chunk {
         if !out.is_empty() {

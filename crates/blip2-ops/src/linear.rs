@@ -2,7 +2,7 @@
 
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
-use crate::gemm::{self, Output, Threads, product};
+use crate::gemm::{self, Finish, Threads, product};
 use crate::gradients;
 use crate::host::{self, Host};
 use crate::work;
@@ -45,16 +45,6 @@ pub(crate) fn out_shape(x: &Shape, out: usize) -> Shape {
     Shape::from(dims)
 }
 
-/// Copies `bias` into every row of `out`.
-pub(crate) fn fill_rows(out: &mut [f32], bias: &[f32]) {
-    if bias.is_empty() {
-        return;
-    }
-    for row in out.chunks_exact_mut(bias.len()) {
-        row.copy_from_slice(bias);
-    }
-}
-
 struct Linear;
 
 impl Linear {
@@ -68,16 +58,10 @@ impl Linear {
     ) -> Vec<f32> {
         let d_in = w.len().checked_div(d_out).unwrap_or(0);
         work::read(size_of_val(w));
-        let mut y = vec![0f32; n * d_out];
-        let output = match bias {
-            None => Output::Replace,
-            Some(bias) => {
-                fill_rows(&mut y, bias);
-                Output::Add
-            }
-        };
+        let mut y = host::zeros(n * d_out);
         let (x, w) = (gemm::rows(x, n, d_in), gemm::rows(w, d_out, d_in));
-        product(gemm::rows_mut(&mut y, n, d_out), output, 1.0, x, w.transpose(), Threads::All);
+        let finish = Finish { bias, ..Finish::REPLACE };
+        product(gemm::rows_mut(&mut y, n, d_out), finish, x, w.transpose(), Threads::All);
         y
     }
 
@@ -93,9 +77,9 @@ impl Linear {
         let dy = gemm::rows(&dy, n, d_out);
         let dx = if x.track_op() {
             let w = Host::new(NAME, weight)?;
-            let mut dx = vec![0f32; n * d_in];
+            let mut dx = host::zeros(n * d_in);
             let out = gemm::rows_mut(&mut dx, n, d_in);
-            product(out, Output::Replace, 1.0, dy, gemm::rows(&w, d_out, d_in), Threads::All);
+            product(out, Finish::REPLACE, dy, gemm::rows(&w, d_out, d_in), Threads::All);
             Some(host::tensor(dx, x.shape())?)
         } else {
             None
@@ -105,7 +89,8 @@ impl Linear {
             gradients::of_weight(weight, |dw, output, share| {
                 let out = gemm::rows_mut(dw, d_out, d_in);
                 let x = gemm::rows(&x, n, d_in);
-                product(out, output, share, dy.transpose(), x, Threads::All);
+                let finish = Finish { output, alpha: share, bias: None };
+                product(out, finish, dy.transpose(), x, Threads::All);
             })?
         } else {
             None

@@ -165,7 +165,7 @@ impl CustomOp1 for CrossEntropy {
             Targets::Hard { .. } => None,
         };
         let soft = soft.as_deref();
-        let mut dx = vec![0f32; x.len()];
+        let mut dx = host::zeros(x.len());
         host::for_pieces(&mut dx, host::rows_per_piece(c) * c, |start, dx| {
             simd(
                 #[inline(always)]

@@ -86,7 +86,7 @@ impl CustomOp3 for LayerNorm {
         let w = host::values(LAYER_NORM, s2, l2)?;
         let b = host::values(LAYER_NORM, s3, l3)?;
         let (x, w, b, d, eps) = (&*x, &*w, &*b, w.len(), self.eps);
-        let mut y = vec![0f32; x.len()];
+        let mut y = host::zeros(x.len());
         for_rows(&mut y, d, |start, y| {
             simd(
                 #[inline(always)]
@@ -152,7 +152,7 @@ impl CustomOp2 for RmsNorm {
         let x = host::values(RMS_NORM, s1, l1)?;
         let w = host::values(RMS_NORM, s2, l2)?;
         let (x, w, d, eps) = (&*x, &*w, w.len(), self.eps);
-        let mut y = vec![0f32; x.len()];
+        let mut y = host::zeros(x.len());
         for_rows(&mut y, d, |start, y| {
             simd(
                 #[inline(always)]
@@ -210,7 +210,7 @@ fn norm_backward(
     let want_dx = x.track_op();
     let want_sums = want[0] || want[1];
     let piece = host::rows_per_piece(d) * d;
-    let mut dx = vec![0f32; if want_dx { xs.len() } else { 0 }];
+    let mut dx = host::zeros(if want_dx { xs.len() } else { 0 });
     let mut sums = vec![0f32; if want_sums { xs.len().div_ceil(piece.max(1)) * 2 * d } else { 0 }];
 
     let kernel = |start: usize, mut dx: &mut [f32], sums: &mut [f32]| {
@@ -281,7 +281,7 @@ impl CustomOp1 for L2Normalize {
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let x = host::values(L2_NORMALIZE, storage, layout)?;
         let (x, d) = (&*x, layout.dims()[layout.dims().len() - 1]);
-        let mut y = vec![0f32; x.len()];
+        let mut y = host::zeros(x.len());
         for_rows(&mut y, d, |start, y| {
             simd(
                 #[inline(always)]
@@ -302,7 +302,7 @@ impl CustomOp1 for L2Normalize {
     fn bwd(&self, x: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let (xs, gs) = (Host::new(L2_NORMALIZE, x)?, Host::new(L2_NORMALIZE, grad)?);
         let (xs, gs, d) = (&*xs, &*gs, host::last_dim(L2_NORMALIZE, x)?);
-        let mut dx = vec![0f32; xs.len()];
+        let mut dx = host::zeros(xs.len());
         for_rows(&mut dx, d, |start, dx| {
             simd(
                 #[inline(always)]

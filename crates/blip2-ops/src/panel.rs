@@ -25,9 +25,9 @@ use crate::blocks::{
 };
 use crate::factor::{self, Factor, Finish, chunks};
 use crate::float_tiles::{FloatRows, place, tiles};
-use crate::host::simd;
+use crate::host::{self, simd};
 use crate::int_tiles::{self, ByteRows};
-use crate::matrix::{self, Output, RowsMut, split_columns};
+use crate::matrix::{self, RowsMut, split_columns};
 use crate::quant::half_to_f32;
 use crate::tile::{
     self, BLOCK, COLUMNS, Floats, IntRows, Ints, Isa, Lies, PAIRS, Packed, PackedIsa, Pairs,
@@ -228,7 +228,7 @@ impl Panels {
         if n * out == 0 {
             return Vec::new();
         }
-        let mut y = vec![0f32; n * out];
+        let mut y = host::zeros(n * out);
         for (i, y) in y.chunks_mut(ROWS * out).enumerate() {
             let rows = y.len() / out;
             let x = &x[i * ROWS * width..][..rows * width];
@@ -254,7 +254,7 @@ impl Panels {
             },
             _ => Prepared::Floats(FloatRows::new(matrix::rows(x, n, self.width), isa)),
         };
-        let finish = Finish { output: Output::Replace, alpha: 1.0, bias };
+        let finish = Finish { bias, ..Finish::REPLACE };
         let tasks = (8 * rayon::current_num_threads()).min(panels);
         let per_task = panels.div_ceil(tasks);
         let together = if n <= 2 { 1 } else { per_task.min(GROUP) };

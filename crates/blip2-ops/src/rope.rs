@@ -57,7 +57,7 @@ struct Rope {
 impl Rope {
     fn turn(&self, x: &[f32], sign: f32) -> Vec<f32> {
         let (width, d, half) = (self.width, self.d, self.d / 2);
-        let mut y = vec![0f32; x.len()];
+        let mut y = host::zeros(x.len());
         host::for_pieces(&mut y, host::rows_per_piece(width) * width, |start, y| {
             simd(
                 #[inline(always)]

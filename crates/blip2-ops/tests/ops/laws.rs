@@ -239,6 +239,33 @@ fn results_do_not_depend_on_threads() {
     }
 }
 
+/// Enough numbers for several threads, and a last piece that is not full.
+#[test]
+fn numbers_that_threads_write_lie_where_they_belong() {
+    const MANY: usize = 100_003;
+    let (a, b) = (numbers(1, &[MANY]), numbers(2, &[MANY]));
+    let all = [gelu(&a).unwrap(), add(&a, &b).unwrap(), silu_gate(&a, &b).unwrap()];
+    for first in [0, 16_383, 65_536, MANY - 7] {
+        let part = |t: &Tensor| t.narrow(0, first, 7).unwrap();
+        let (a, b) = (part(&a), part(&b));
+        let expected = [gelu(&a).unwrap(), add(&a, &b).unwrap(), silu_gate(&a, &b).unwrap()];
+        for (all, expected) in all.iter().zip(&expected) {
+            close("a part", &part(all), expected, 1e-6);
+        }
+    }
+}
+
+/// Products of every size: by one thread, by a library, by tiles.
+#[test]
+fn a_bias_is_added_to_every_row_once() {
+    for [n, width, out] in [[3, 5, 7], [40, 33, 12], [70, 64, 90], [300, 96, 128]] {
+        let (x, w, b) = (numbers(1, &[n, width]), numbers(2, &[out, width]), numbers(3, &[out]));
+        let y = linear(&x, &w, Some(&b)).unwrap();
+        let expected = linear(&x, &w, None).unwrap().broadcast_add(&b).unwrap();
+        close(&format!("{n}x{width}->{out}"), &y, &expected, 1e-5);
+    }
+}
+
 /// Pretends to be rank 1 of 2, where rank 0 holds the same numbers doubled.
 struct Second;
 
