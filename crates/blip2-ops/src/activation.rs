@@ -256,7 +256,7 @@ impl CustomOp2 for SiluGate {
         let gates = Host::new(SILU_GATE, gate)?;
         let (ups, gs) = (Host::new(SILU_GATE, up)?, Host::new(SILU_GATE, grad)?);
         let (gates, ups, gs) = (&*gates, &*ups, &*gs);
-        let mut d_gate = vec![0f32; if gate.track_op() { gs.len() } else { 0 }];
+        let mut d_gate = host::zeros(if gate.track_op() { gs.len() } else { 0 });
         host::for_pieces(&mut d_gate, GRAIN, |start, d_gate| {
             simd(
                 #[inline(always)]

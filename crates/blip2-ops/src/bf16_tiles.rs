@@ -9,8 +9,8 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::amx::{self, Amx, Line, Multiplier, PAIRS, Pairs, STEP, flushed};
-use crate::factor::{Factor, Finish, chunks, copy_lines, lengthen, pieces, turn_lines, write};
-use crate::matrix::{Rows, RowsMut};
+use crate::factor::{Factor, chunks, copy_lines, lengthen, pieces, turn_lines, write};
+use crate::matrix::{Finish, Rows, RowsMut};
 use crate::tile::{COLUMNS, Row};
 
 /// Positions along k that are worked on together.

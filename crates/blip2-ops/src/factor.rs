@@ -1,10 +1,10 @@
 //! What products by tiles share (`float_tiles.rs`, `bf16_tiles.rs`): the right factor, which comes as panels of 32 columns, how columns are
-//! shared out, and what becomes of sums.
+//! shared out, and how sums are written.
 
 use std::ops::Range;
 
 use crate::amx::STEP;
-use crate::matrix::{Output, Rows, RowsMut};
+use crate::matrix::{Finish, Output, Rows, RowsMut};
 use crate::tile::{COLUMNS, Row, part_of};
 
 /// Panels of b that a task multiplies with rows of a before the next.
@@ -23,28 +23,6 @@ pub(crate) trait Factor: Sync {
     /// Positions `k` of panel `panel`, in the calling thread: a row of columns each, those that are missing 0. They are written to `memory`, which has as
     /// many, unless they lie so.
     fn rows<'m>(&'m self, panel: usize, k: Range<usize>, memory: &'m mut [Row]) -> &'m [Row];
-}
-
-/// What becomes of sums.
-#[derive(Clone, Copy)]
-pub(crate) struct Finish<'a> {
-    pub(crate) output: Output,
-    /// They are multiplied with.
-    pub(crate) alpha: f32,
-    /// Added to each row that is replaced.
-    pub(crate) bias: Option<&'a [f32]>,
-}
-
-impl Finish<'_> {
-    /// They replace what was there.
-    pub(crate) const REPLACE: Self = Self { output: Output::Replace, alpha: 1.0, bias: None };
-    /// They are added to it.
-    pub(crate) const ADD: Self = Self { output: Output::Add, ..Self::REPLACE };
-
-    /// After multiplication with `alpha`.
-    pub(crate) fn times(self, alpha: f32) -> Self {
-        Self { alpha, ..self }
-    }
 }
 
 /// The columns of `out` by tasks, each with its panels: as equal as can be, and as many tasks for each thread.

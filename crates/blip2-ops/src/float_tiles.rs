@@ -9,9 +9,9 @@ use std::ops::Range;
 use faer::RowRef;
 use rayon::prelude::*;
 
-use crate::factor::{Factor, Finish, STRIDES, chunks, lengthen, pieces, write};
+use crate::factor::{Factor, STRIDES, chunks, lengthen, pieces, write};
 use crate::host;
-use crate::matrix::{Rows, RowsMut};
+use crate::matrix::{Finish, Rows, RowsMut};
 use crate::tile::{self, COLUMNS, Floats, Isa, Row, part_of};
 
 /// Positions along k that are worked on together: floats of x and of a panel that fit the second-level cache.

@@ -18,9 +18,8 @@ use rayon::prelude::*;
 use crate::bf16::FrozenPanels;
 use crate::bf16_tiles;
 use crate::blocks::IntKind;
-use crate::factor::Finish;
 use crate::float_tiles;
-use crate::gemm::{self, Output, Rows, RowsMut, Threads, Way, product};
+use crate::gemm::{self, Finish, Output, Rows, RowsMut, Threads, Way, product};
 use crate::host::{self, Host};
 use crate::linear::{check_bias, out_shape};
 use crate::panel::{Arithmetic, Panels, Turned};
@@ -425,16 +424,6 @@ pub fn frozen_linear(x: &Tensor, weight: &FrozenWeight, bias: Option<&Tensor>) -
     x.apply_op1(FrozenLinear { weight: weight.clone(), bias, arithmetic, way })
 }
 
-/// Copies `bias` into every row of `out`.
-fn fill_rows(out: &mut [f32], bias: &[f32]) {
-    if bias.is_empty() {
-        return;
-    }
-    for row in out.chunks_exact_mut(bias.len()) {
-        row.copy_from_slice(bias);
-    }
-}
-
 struct FrozenLinear {
     weight: FrozenWeight,
     bias: Option<Tensor>,
@@ -466,17 +455,11 @@ impl FrozenLinear {
             return Ok(few_rows(&blocks.reader, x, n, out, bias));
         }
         let mut y = host::zeros(n * out);
-        let output = match bias {
-            Some(bias) => {
-                fill_rows(&mut y, bias);
-                Output::Add
-            }
-            None => Output::Replace,
-        };
         let (x, step) = (gemm::rows(x, n, width), blocks.reader.step());
         let columns = gemm::split_columns(gemm::rows_mut(&mut y, n, out), step);
         for (i, y) in columns.into_iter().enumerate() {
-            blocks.forward(y, output, x, i * step);
+            let bias = bias.map(|bias| &bias[i * step..][..y.ncols()]);
+            blocks.forward(y, Finish { bias, ..Finish::REPLACE }, x, i * step);
         }
         Ok(y)
     }
@@ -532,18 +515,15 @@ impl<'a> Blocks<'a> {
         Ok(Self { reader, mixed, rows: Vec::new(), floats: Vec::new() })
     }
 
-    /// `y [+]= x · wᵀ`, w the rows from row `first` on, one for each column of y.
-    fn forward(&mut self, y: RowsMut<'_>, output: Output, x: Rows<'_>, first: usize) {
+    /// `y [+]= x · wᵀ + bias`, w the rows from row `first` on, one for each column of y.
+    fn forward(&mut self, y: RowsMut<'_>, finish: Finish<'_>, x: Rows<'_>, first: usize) {
         let count = y.ncols();
         match self.panels(first, count) {
-            Some(panels) => panels.forward(y, output, x),
-            None => product(
-                y,
-                Finish { output, ..Finish::REPLACE },
-                x,
-                self.rows(first, count).transpose(),
-                Threads::All,
-            ),
+            Some(panels) => {
+                let (y, output) = gemm::biased(y, finish);
+                panels.forward(y, output, x);
+            }
+            None => product(y, finish, x, self.rows(first, count).transpose(), Threads::All),
         }
     }
 

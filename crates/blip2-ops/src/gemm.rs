@@ -5,9 +5,10 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, Par};
 
 use crate::amx::Amx;
-pub(crate) use crate::factor::Finish;
 use crate::factor::Matrix;
-pub(crate) use crate::matrix::{Output, Rows, RowsMut, columns, rows, rows_mut, split_columns};
+pub(crate) use crate::matrix::{
+    Finish, Output, Rows, RowsMut, columns, rows, rows_mut, split_columns,
+};
 use crate::tile::Isa;
 use crate::{bf16, bf16_tiles, float_tiles, work};
 
@@ -107,8 +108,8 @@ fn without_terms(out: RowsMut<'_>, finish: Finish<'_>) {
     }
 }
 
-/// For products that know no bias: one that is to be added is put to its place, and the product is added to it.
-fn biased<'a>(mut out: RowsMut<'a>, finish: Finish<'_>) -> (RowsMut<'a>, Output) {
+/// For products that know no bias: it is put to its place, and the product is added to it.
+pub(crate) fn biased<'a>(mut out: RowsMut<'a>, finish: Finish<'_>) -> (RowsMut<'a>, Output) {
     let (Some(bias), Output::Replace) = (finish.bias, finish.output) else {
         return (out, finish.output);
     };

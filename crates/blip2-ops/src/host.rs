@@ -1,7 +1,7 @@
 //! Access to CPU f32 tensors, and the loops every kernel is built from.
 //!
 //! Not an op: the other files use it to borrow a tensor's numbers (gathering them only when they
-//! are strided), to split work over threads, and to choose SIMD at run time.
+//! are strided), to split work over threads, to write results once, and to choose SIMD at run time.
 //!
 //! Results never depend on how threads are scheduled: work is split into pieces of fixed size that
 //! write disjoint outputs, and partial sums are added in the order of the pieces.
@@ -220,18 +220,12 @@ pub(crate) fn map2(a: &[f32], b: &[f32], g: impl Fn(Fma, f32, f32) -> f32 + Sync
 fn make(n: usize, write: impl Fn(usize, &mut [MaybeUninit<f32>]) + Sync) -> Vec<f32> {
     let mut all = Vec::with_capacity(n);
     for_pieces(&mut all.spare_capacity_mut()[..n], GRAIN, write);
-    #[expect(unsafe_code, reason = "numbers that are written at once need not be zero before")]
     // SAFETY: there is room for n, and the callers, all of this file, write all of every piece.
+    #[expect(unsafe_code, reason = "numbers that are written at once need not be zero before")]
     unsafe {
         all.set_len(n);
     }
     all
-}
-
-/// Rows that a product shares out to all threads without any of them waiting: 128 for each.
-#[must_use]
-pub fn rows_for_all_threads() -> usize {
-    128 * rayon::current_num_threads()
 }
 
 /// Calls `f(start, piece)` on pieces of `chunk` elements of `out`, in parallel if there are several.
@@ -508,4 +502,20 @@ pub(crate) fn exp(f: Fma, x: f32) -> f32 {
     // Outside the range r is not small, so y is nonsense there; a NaN passes through r.
     let y = if x < -87.3 { 0.0 } else { y };
     if x > 88.7 { f32::INFINITY } else { y }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zeros_are_zero_however_many() {
+        for n in [0, 1, 4 * GRAIN - 1, 4 * GRAIN + 1, 9 * GRAIN] {
+            // What they are made of has been something else before.
+            drop(vec![1f32; n]);
+            let zeros = zeros(n);
+            assert_eq!(zeros.len(), n);
+            assert!(zeros.iter().all(|x| x.to_bits() == 0));
+        }
+    }
 }

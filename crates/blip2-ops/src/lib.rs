@@ -71,7 +71,7 @@ pub use dropout::{Dropout, DropoutKey, dropout};
 pub use embedding::embedding;
 pub use frozen::{FrozenWeight, WeightFormat, frozen_linear, is_finite};
 pub use gradients::FlatGradients;
-pub use host::{on_computing_thread, rows_for_all_threads};
+pub use host::on_computing_thread;
 pub use linear::linear;
 pub use loss::{IGNORE, cross_entropy, log_sum_exp, soft_cross_entropy};
 pub use norm::{l2_normalize, layer_norm, rms_norm};

@@ -23,6 +23,28 @@ pub(crate) enum Output {
     Add,
 }
 
+/// What becomes of the sums of a product.
+#[derive(Clone, Copy)]
+pub(crate) struct Finish<'a> {
+    pub(crate) output: Output,
+    /// They are multiplied with.
+    pub(crate) alpha: f32,
+    /// Added to each row; only where they replace what was there.
+    pub(crate) bias: Option<&'a [f32]>,
+}
+
+impl Finish<'_> {
+    /// They replace what was there.
+    pub(crate) const REPLACE: Self = Self { output: Output::Replace, alpha: 1.0, bias: None };
+    /// They are added to it.
+    pub(crate) const ADD: Self = Self { output: Output::Add, ..Self::REPLACE };
+
+    /// After multiplication with `alpha`.
+    pub(crate) fn times(self, alpha: f32) -> Self {
+        Self { alpha, ..self }
+    }
+}
+
 /// `data` as a `(rows, cols)` matrix.
 pub(crate) fn rows(data: &[f32], rows: usize, cols: usize) -> Rows<'_> {
     MatRef::from_row_major_slice(&data[..rows * cols], rows, cols)

@@ -23,11 +23,11 @@ use crate::amx::STEP;
 use crate::blocks::{
     Blocks, INT_CHUNK, IntKind, Kept, Places, halves, q4_k_scales, quantise, units_of,
 };
-use crate::factor::{self, Factor, Finish, chunks};
+use crate::factor::{self, Factor, chunks};
 use crate::float_tiles::{FloatRows, place, tiles};
 use crate::host::{self, simd};
 use crate::int_tiles::{self, ByteRows};
-use crate::matrix::{self, RowsMut, split_columns};
+use crate::matrix::{self, Finish, RowsMut, split_columns};
 use crate::quant::half_to_f32;
 use crate::tile::{
     self, BLOCK, COLUMNS, Floats, IntRows, Ints, Isa, Lies, PAIRS, Packed, PackedIsa, Pairs,

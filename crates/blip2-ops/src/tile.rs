@@ -958,7 +958,7 @@ pub(crate) mod x86 {
                 }
             }
         }
-        // The scales of the block that comes next have no turn of their own to ask in.
+        // Scales take no turn in the loop above: this is what they would have asked for.
         if let Some(last) = units.last() {
             (1..=Q4_K_HEAD).for_each(|i| prefetch(last, FEW_AHEAD + i));
         }

@@ -239,25 +239,7 @@ impl Vit {
     /// # Errors
     /// If the pictures have another size than the encoder.
     pub fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
-        let x = self.embed(pixels)?;
-        let (pictures, at_once) = (x.dim(0)?, self.pictures_at_once());
-        if pictures <= at_once {
-            return self.run(x);
-        }
-        let groups = (0..pictures).step_by(at_once);
-        let groups = groups.map(|first| x.narrow(0, first, at_once.min(pictures - first)));
-        let features = groups.map(|x| self.run(x?)).collect::<Result<Vec<_>>>()?;
-        Ok(Tensor::cat(&features, 0)?)
-    }
-
-    /// As many pictures as keep all threads busy: more together are no faster, and what lies between two products of theirs
-    /// no longer fits the caches.
-    fn pictures_at_once(&self) -> usize {
-        blip2_ops::rows_for_all_threads().div_ceil(self.config.num_tokens())
-    }
-
-    /// All blocks, one after the other; `x` (b, 1 + n, w).
-    fn run(&self, mut x: Tensor) -> Result<Tensor> {
+        let mut x = self.embed(pixels)?;
         for block in &self.blocks {
             x = block.forward(&x)?;
         }

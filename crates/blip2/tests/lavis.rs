@@ -71,25 +71,6 @@ fn image_encoders_are_those_of_lavis() {
     }
 }
 
-/// More pictures than are encoded together, the last group not full.
-#[test]
-fn many_pictures_are_encoded_as_each_alone() {
-    let path = file("eva.pth");
-    let (config, weights) = lavis::vision(shards::open_file(&path).unwrap(), HEADS, &path).unwrap();
-    let vit = Params::build(weights, WeightFormat::F32, "eva", |p| Vit::new(p, &config)).unwrap();
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
-    pool.install(|| {
-        let at_once = blip2_ops::rows_for_all_threads().div_ceil(config.num_tokens());
-        let first = tensors()["pixels"].i(..1).unwrap();
-        let pictures: Vec<_> =
-            (0..2 * at_once + 1).map(|i| (&first * (1.0 - 0.01 * i as f64)).unwrap()).collect();
-        let together = vit.forward(&Tensor::cat(&pictures, 0).unwrap()).unwrap();
-        let alone: Vec<_> = pictures.iter().map(|one| vit.forward(one).unwrap()).collect();
-        let list = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        assert_eq!(list(&together), list(&Tensor::cat(&alone, 0).unwrap()));
-    });
-}
-
 #[test]
 fn both_stage_1_checkpoints_embed_and_match_as_lavis() {
     let golden = tensors();
