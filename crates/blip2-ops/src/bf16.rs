@@ -19,6 +19,8 @@ const ROWS: usize = 14;
 const _: () = assert!(COLUMNS == 32);
 /// Pairs along k that a tile goes through at once: a panel of b then fits the nearest cache.
 const PAIRS: usize = 256;
+/// Positions along k that are summed before they are added to an output.
+pub(crate) const CHUNK: usize = 2 * PAIRS;
 /// Panels of a, and of b, that make a piece of work.
 const PANELS: usize = 8;
 

@@ -15,7 +15,7 @@ use half::f16;
 use half::slice::HalfFloatSliceExt as _;
 use rayon::prelude::*;
 
-use crate::bf16::FrozenPanels;
+use crate::bf16::{self, FrozenPanels};
 use crate::bf16_tiles;
 use crate::blocks::IntKind;
 use crate::float_tiles;
@@ -455,7 +455,7 @@ impl FrozenLinear {
             return Ok(few_rows(&blocks.reader, x, n, out, bias));
         }
         let mut y = host::zeros(n * out);
-        let (x, step) = (gemm::rows(x, n, width), blocks.reader.step());
+        let (x, step) = (gemm::rows(x, n, width), blocks.step());
         let columns = gemm::split_columns(gemm::rows_mut(&mut y, n, out), step);
         for (i, y) in columns.into_iter().enumerate() {
             let bias = bias.map(|bias| &bias[i * step..][..y.ncols()]);
@@ -485,7 +485,7 @@ impl FrozenLinear {
             }
         }
         let mut blocks = Blocks::new(&self.weight, n)?;
-        let step = blocks.reader.step();
+        let step = blocks.step();
         for first in (0..out).step_by(step) {
             let dy = gemm::columns(dy, n, out, first, step.min(out - first));
             let output = if first == 0 { Output::Replace } else { Output::Add };
@@ -513,6 +513,12 @@ impl<'a> Blocks<'a> {
             _ => None,
         };
         Ok(Self { reader, mixed, rows: Vec::new(), floats: Vec::new() })
+    }
+
+    /// Rows that are multiplied together; in mixed precision so many that a gradient is summed as if all of them were.
+    fn step(&self) -> usize {
+        let step = self.reader.step();
+        if self.mixed.is_some() { step.next_multiple_of(bf16::CHUNK) } else { step }
     }
 
     /// `y [+]= x · wᵀ + bias`, w the rows from row `first` on, one for each column of y.
