@@ -268,13 +268,8 @@ impl Attention {
                 }
                 if let Some(dk) = &mut dk {
                     let q = self.q(x.q, b, head);
-                    product(
-                        dk.as_mut(),
-                        Finish::ADD.times(self.scale),
-                        ds.transpose(),
-                        q,
-                        Threads::One,
-                    );
+                    let add = Finish::ADD.times(self.scale);
+                    product(dk.as_mut(), add, ds.transpose(), q, Threads::One);
                 }
             }
         });

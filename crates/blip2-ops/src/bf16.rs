@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rayon::prelude::*;
 
-use crate::matrix::{Output, Rows, RowsMut, split_columns};
+use crate::matrix::{Output, Rows, RowsMut, line, line_mut, split_columns};
 use crate::tile::{COLUMNS, Row};
 use crate::work;
 
@@ -203,8 +203,7 @@ impl Piece<'_> {
     ) {
         let rows = ROWS.min(self.out.nrows() - row);
         for (out, sums) in self.out.as_mut().subrows_mut(row, rows).row_iter_mut().zip(sums) {
-            let Some(out) = out.try_as_row_major_mut() else { unreachable!("{STRIDES}") };
-            let places = out.as_slice_mut()[column..].iter_mut().zip(sums);
+            let places = line_mut(out)[column..].iter_mut().zip(sums);
             match output {
                 Output::Replace => places.for_each(|(out, sum)| *out = alpha * sum),
                 Output::Add => places.for_each(|(out, sum)| *out += alpha * sum),
@@ -296,10 +295,9 @@ fn pack_lanes<const LANES: usize>(lanes: Rows<'_>, pairs: usize, words: &mut [Wo
     if !lanes.nrows().is_multiple_of(LANES) {
         words.fill([0; LANES]);
     }
-    for (l, line) in lanes.row_iter().enumerate() {
+    for (l, row) in lanes.row_iter().enumerate() {
         let panel = &mut words[l / LANES * pairs..][..pairs];
-        let Some(line) = line.try_as_row_major() else { unreachable!("{STRIDES}") };
-        pack_along(line.as_slice(), l % LANES, panel);
+        pack_along(line(row), l % LANES, panel);
     }
 }
 

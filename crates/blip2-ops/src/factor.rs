@@ -4,14 +4,11 @@
 use std::ops::Range;
 
 use crate::amx::STEP;
-use crate::matrix::{Finish, Output, Rows, RowsMut};
+use crate::matrix::{Finish, Output, Rows, RowsMut, line, line_mut};
 use crate::tile::{COLUMNS, Row, part_of};
 
 /// Panels of b that a task multiplies with rows of a before the next.
 const PANELS: usize = 4;
-
-/// What callers have made sure of.
-pub(crate) const STRIDES: &str = "products of tiles are of matrices with a contiguous dimension";
 
 /// The right factor of a product: k positions of so many columns.
 pub(crate) trait Factor: Sync {
@@ -60,9 +57,8 @@ pub(crate) fn write(out: RowsMut<'_>, first: usize, finish: Finish<'_>, sums: &[
     let Finish { output, alpha, bias } = finish;
     let bias = bias.map(|bias| &bias[first..]);
     for (row, out) in out.row_iter_mut().enumerate() {
-        let Some(out) = out.try_as_row_major_mut() else { unreachable!("{STRIDES}") };
         let sums = sums[row..].iter().step_by(rows);
-        for (i, (out, sums)) in out.as_slice_mut().chunks_mut(COLUMNS).zip(sums).enumerate() {
+        for (i, (out, sums)) in line_mut(out).chunks_mut(COLUMNS).zip(sums).enumerate() {
             let places = out.iter_mut().zip(sums);
             match (output, bias) {
                 (Output::Add, _) => places.for_each(|(out, sum)| *out += alpha * sum),
@@ -96,13 +92,13 @@ impl Factor for Matrix<'_> {
 
 /// A row of `out` for each row of a matrix, which are contiguous; what a row lacks is 0.
 pub(crate) fn copy_lines(matrix: Rows<'_>, out: &mut [Row]) {
-    for (out, line) in out.iter_mut().zip(matrix.row_iter()) {
-        let Some(line) = line.try_as_row_major() else { unreachable!("{STRIDES}") };
-        match line.as_slice().as_array() {
+    for (out, row) in out.iter_mut().zip(matrix.row_iter()) {
+        let row = line(row);
+        match row.as_array() {
             Some(full) => *out = *full,
             None => {
-                let (numbers, rest) = out.split_at_mut(line.ncols());
-                numbers.copy_from_slice(line.as_slice());
+                let (numbers, rest) = out.split_at_mut(row.len());
+                numbers.copy_from_slice(row);
                 rest.fill(0.0);
             }
         }

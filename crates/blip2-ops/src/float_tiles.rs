@@ -6,12 +6,11 @@
 use std::cell::Cell;
 use std::ops::Range;
 
-use faer::RowRef;
 use rayon::prelude::*;
 
-use crate::factor::{Factor, STRIDES, chunks, lengthen, pieces, write};
+use crate::factor::{Factor, chunks, lengthen, pieces, write};
 use crate::host;
-use crate::matrix::{Finish, Rows, RowsMut};
+use crate::matrix::{Finish, Rows, RowsMut, line};
 use crate::tile::{self, COLUMNS, Floats, Isa, Row, part_of};
 
 /// Positions along k that are worked on together: floats of x and of a panel that fit the second-level cache.
@@ -203,7 +202,7 @@ fn fill(rows: Rows<'_>, out: &mut [f32]) {
             14 => fill_columns::<14>(rows, out),
             _ => {
                 for (out, column) in out.chunks_exact_mut(n).zip(rows.transpose().row_iter()) {
-                    out.copy_from_slice(contiguous(column));
+                    out.copy_from_slice(line(column));
                 }
             }
         };
@@ -211,7 +210,7 @@ fn fill(rows: Rows<'_>, out: &mut [f32]) {
     // Strip by strip: rows are read side by side, so that their lines arrive together.
     for (strip, out) in out.chunks_mut(PER_LINE * n).enumerate() {
         for (r, row) in rows.row_iter().enumerate() {
-            let row = &contiguous(row)[strip * PER_LINE..];
+            let row = &line(row)[strip * PER_LINE..];
             for (out, x) in out.chunks_exact_mut(n).zip(row) {
                 out[r] = *x;
             }
@@ -222,14 +221,9 @@ fn fill(rows: Rows<'_>, out: &mut [f32]) {
 /// [`fill`] for N rows whose numbers of a position lie together.
 fn fill_columns<const N: usize>(rows: Rows<'_>, out: &mut [f32]) {
     for (out, column) in out.as_chunks_mut::<N>().0.iter_mut().zip(rows.transpose().row_iter()) {
-        let Some(column) = contiguous(column).as_array() else { unreachable!("{N} rows") };
+        let Some(column) = line(column).as_array() else { unreachable!("{N} rows") };
         *out = *column;
     }
-}
-
-fn contiguous(row: RowRef<'_, f32>) -> &[f32] {
-    let Some(row) = row.try_as_row_major() else { unreachable!("{STRIDES}") };
-    row.as_slice()
 }
 
 impl Drop for FloatRows {

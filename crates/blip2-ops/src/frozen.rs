@@ -19,7 +19,7 @@ use crate::bf16::{self, FrozenPanels};
 use crate::bf16_tiles;
 use crate::blocks::IntKind;
 use crate::float_tiles;
-use crate::gemm::{self, Finish, Output, Rows, RowsMut, Threads, Way, product};
+use crate::gemm::{self, Finish, Rows, RowsMut, Threads, Way, product};
 use crate::host::{self, Host};
 use crate::linear::{check_bias, out_shape};
 use crate::panel::{Arithmetic, Panels, Turned};
@@ -488,8 +488,8 @@ impl FrozenLinear {
         let step = blocks.step();
         for first in (0..out).step_by(step) {
             let dy = gemm::columns(dy, n, out, first, step.min(out - first));
-            let output = if first == 0 { Output::Replace } else { Output::Add };
-            blocks.backward(gemm::rows_mut(&mut dx, n, width), output, dy, first);
+            let finish = if first == 0 { Finish::REPLACE } else { Finish::ADD };
+            blocks.backward(gemm::rows_mut(&mut dx, n, width), finish, dy, first);
         }
         Ok(dx)
     }
@@ -534,17 +534,11 @@ impl<'a> Blocks<'a> {
     }
 
     /// `dx [+]= dy · w`, w the rows from row `first` on, one for each column of dy.
-    fn backward(&mut self, dx: RowsMut<'_>, output: Output, dy: Rows<'_>, first: usize) {
+    fn backward(&mut self, dx: RowsMut<'_>, finish: Finish<'_>, dy: Rows<'_>, first: usize) {
         let count = dy.ncols();
         match self.panels(first, count) {
-            Some(panels) => panels.backward(dx, output, dy),
-            None => product(
-                dx,
-                Finish { output, ..Finish::REPLACE },
-                dy,
-                self.rows(first, count),
-                Threads::All,
-            ),
+            Some(panels) => panels.backward(dx, finish.output, dy),
+            None => product(dx, finish, dy, self.rows(first, count), Threads::All),
         }
     }
 

@@ -6,6 +6,7 @@ use faer::{Accum, Par};
 
 use crate::amx::Amx;
 use crate::factor::Matrix;
+use crate::matrix::line_mut;
 pub(crate) use crate::matrix::{
     Finish, Output, Rows, RowsMut, columns, rows, rows_mut, split_columns,
 };
@@ -114,8 +115,7 @@ pub(crate) fn biased<'a>(mut out: RowsMut<'a>, finish: Finish<'_>) -> (RowsMut<'
         return (out, finish.output);
     };
     for row in out.as_mut().row_iter_mut() {
-        let Some(row) = row.try_as_row_major_mut() else { unreachable!("columns lie together") };
-        row.as_slice_mut().copy_from_slice(bias);
+        line_mut(row).copy_from_slice(bias);
     }
     (out, Output::Add)
 }

@@ -3,13 +3,16 @@
 //! A [`Rows`] is a `(rows, cols)` view with a row stride, so one head of a `(t, heads*d)` matrix is
 //! multiplied in place, without a transposed copy.
 
-use faer::{MatMut, MatRef};
+use faer::{MatMut, MatRef, RowMut, RowRef};
 
 /// Columns of a panel, which lie together: two vectors of AVX-512.
 pub(crate) const COLUMNS: usize = 32;
 
 /// One number of each of them.
 pub(crate) type Row = [f32; COLUMNS];
+
+/// What callers have made sure of.
+const STRIDES: &str = "the numbers of a row lie together";
 
 /// A row-major matrix, maybe some columns of a wider one.
 pub(crate) type Rows<'a> = MatRef<'a, f32>;
@@ -64,6 +67,18 @@ pub(crate) fn columns(
 /// `data` as a mutable `(rows, cols)` matrix.
 pub(crate) fn rows_mut(data: &mut [f32], rows: usize, cols: usize) -> RowsMut<'_> {
     MatMut::from_row_major_slice_mut(&mut data[..rows * cols], rows, cols)
+}
+
+/// The numbers of a row that the caller has made sure lie together.
+pub(crate) fn line(row: RowRef<'_, f32>) -> &[f32] {
+    let Some(row) = row.try_as_row_major() else { unreachable!("{STRIDES}") };
+    row.as_slice()
+}
+
+/// The same to write to.
+pub(crate) fn line_mut(row: RowMut<'_, f32>) -> &mut [f32] {
+    let Some(row) = row.try_as_row_major_mut() else { unreachable!("{STRIDES}") };
+    row.as_slice_mut()
 }
 
 /// Cuts `matrix` into neighbouring blocks of `cols` columns.
