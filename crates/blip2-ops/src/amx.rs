@@ -27,7 +27,7 @@ pub(crate) struct Line(pub(crate) [u32; PAIRS]);
 /// Two neighbouring positions along k of each column of b: such words, too.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[repr(align(64))]
-pub(crate) struct Pairs(pub(crate) [u32; COLUMNS]);
+pub(crate) struct WordPairs(pub(crate) [u32; COLUMNS]);
 
 /// The instructions for bf16, on a machine that has them and a system that lets this process use them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,7 +89,7 @@ impl Multiplier {
     }
 
     /// `out (rows, 32) += a · b`, of some steps along k: of a `[step][row]`, of b 16 pairs each. From 2 to [`ROWS`] rows.
-    pub(crate) fn add(&self, a: &[Line], b: &[Pairs], out: &mut [Row]) {
+    pub(crate) fn add(&self, a: &[Line], b: &[WordPairs], out: &mut [Row]) {
         let rows = out.len();
         assert!((2..=ROWS).contains(&rows), "{rows} rows of tiles");
         let steps = a.len() / rows;
@@ -129,7 +129,7 @@ pub(crate) fn groups(n: usize) -> Vec<Range<usize>> {
 }
 
 /// What the instructions compute.
-fn plain(a: &[Line], b: &[Pairs], out: &mut [Row]) {
+fn plain(a: &[Line], b: &[WordPairs], out: &mut [Row]) {
     let halves = |word: u32| [word << 16, word & 0xffff_0000].map(f32::from_bits);
     for (a, b) in a.chunks_exact(out.len()).zip(b.chunks_exact(PAIRS)) {
         for (line, out) in a.iter().zip(&mut *out) {
@@ -163,13 +163,13 @@ pub(crate) mod x86 {
     use std::cell::Cell;
     use std::sync::OnceLock;
 
-    use super::{Line, PAIRS, Pairs};
+    use super::{Line, PAIRS, WordPairs};
     use crate::matrix::Row;
 
     /// Rows of a tile, at most.
     const TILE: usize = 16;
     // What `add` says in numbers.
-    const _: () = assert!(size_of::<Line>() == 64 && size_of::<Pairs>() == 128);
+    const _: () = assert!(size_of::<Line>() == 64 && size_of::<WordPairs>() == 128);
     const _: () = assert!(size_of::<Row>() == 128 && PAIRS == TILE);
     const _: () = assert!(size_of::<Configuration>() == 64);
 
@@ -281,7 +281,7 @@ pub(crate) mod x86 {
     /// # Safety
     /// Only after [`set_up`] [`for_bf16`] with as many rows as `out` has; `a` and `b` hold `steps` steps of them, at least one.
     #[expect(unsafe_code, reason = "tiles are read and written through pointers")]
-    pub(super) unsafe fn add(steps: usize, a: &[Line], b: &[Pairs], out: &mut [Row]) {
+    pub(super) unsafe fn add(steps: usize, a: &[Line], b: &[WordPairs], out: &mut [Row]) {
         let rows = out.len();
         let upper = first(rows);
         let out = out.as_mut_ptr();
@@ -319,7 +319,7 @@ pub(crate) mod x86 {
                 steps = inout(reg) steps => _,
                 step = in(reg) rows * size_of::<Line>(),
                 line = in(reg) size_of::<Line>(),
-                row = in(reg) size_of::<Pairs>(),
+                row = in(reg) size_of::<WordPairs>(),
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                 options(nostack),

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use crate::amx::{self, Amx, Line, Multiplier, PAIRS, Pairs, STEP, flushed};
+use crate::amx::{self, Amx, Line, Multiplier, PAIRS, STEP, WordPairs, flushed};
 use crate::factor::{Factor, chunks, copy_lines, lengthen, pieces, turn_lines, write};
 use crate::matrix::{Finish, Rows, RowsMut};
 use crate::tile::{COLUMNS, Row};
@@ -66,7 +66,7 @@ fn steps_of(k: &Range<usize>) -> usize {
 #[derive(Default)]
 struct Scratch {
     /// Of two chunks of k, this and the next, each panel packed.
-    pairs: [Vec<Pairs>; 2],
+    pairs: [Vec<WordPairs>; 2],
     /// Rows of b as they come.
     rows: Vec<Row>,
     /// Sums: `[panel][row]`.
@@ -78,7 +78,7 @@ struct Scratch {
 impl Scratch {
     fn make_room(&mut self, panels: usize, rows: usize) {
         for pairs in &mut self.pairs {
-            lengthen(pairs, panels * STEPS * PAIRS, Pairs([0; COLUMNS]));
+            lengthen(pairs, panels * STEPS * PAIRS, WordPairs([0; COLUMNS]));
         }
         lengthen(&mut self.rows, CHUNK, [0.0; COLUMNS]);
         lengthen(&mut self.sums, panels * rows, [0.0; COLUMNS]);
@@ -225,7 +225,7 @@ fn pack_rows(amx: Option<Amx>, a: Rows<'_>, lines: &mut [Line]) {
 }
 
 /// A step of a panel of b, a row for each position, as pairs.
-fn pack_pairs(amx: Option<Amx>, rows: &[Row; STEP], pairs: &mut [Pairs]) {
+fn pack_pairs(amx: Option<Amx>, rows: &[Row; STEP], pairs: &mut [WordPairs]) {
     match amx {
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
@@ -237,7 +237,7 @@ fn pack_pairs(amx: Option<Amx>, rows: &[Row; STEP], pairs: &mut [Pairs]) {
 
 /// What the instructions do.
 mod plain {
-    use super::{Line, Pairs, Row, STEP, flushed};
+    use super::{Line, Row, STEP, WordPairs, flushed};
     use crate::bf16::bits;
 
     fn word(low: f32, high: f32) -> u32 {
@@ -252,7 +252,7 @@ mod plain {
         }
     }
 
-    pub(super) fn pack_pairs(rows: &[Row; STEP], pairs: &mut [Pairs]) {
+    pub(super) fn pack_pairs(rows: &[Row; STEP], pairs: &mut [WordPairs]) {
         for ([low, high], pair) in rows.as_chunks::<2>().0.iter().zip(pairs) {
             for ((low, high), out) in low.iter().zip(high).zip(&mut pair.0) {
                 *out = word(*low, *high);
@@ -265,7 +265,7 @@ mod plain {
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::{Line, Pairs, Row, STEP};
+    use super::{Line, Row, STEP, WordPairs};
     use crate::tile::x86::load16;
 
     #[target_feature(enable = "avx512f")]
@@ -296,7 +296,7 @@ mod x86 {
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-    pub(super) fn pack_pairs(rows: &[Row; STEP], pairs: &mut [Pairs]) {
+    pub(super) fn pack_pairs(rows: &[Row; STEP], pairs: &mut [WordPairs]) {
         // Word i takes half i of the lower, and half i of the upper sixteen.
         let lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
         let upper = _mm512_slli_epi32::<16>(_mm512_add_epi32(lanes, _mm512_set1_epi32(16)));

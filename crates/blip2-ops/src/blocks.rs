@@ -5,8 +5,8 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::float_tiles::cut;
+use crate::gguf_read::half_to_f32;
 use crate::host::{self, simd};
-use crate::quant::half_to_f32;
 use crate::tile::{BLOCK, COLUMNS, Integers, Ints, Isa, PAIRS, Q4_K_HEAD, Row, Unit};
 
 /// Positions along k of quantised weights that are worked on together: unpacked, they fit the first-level cache. A block of Q4_K.

@@ -9,7 +9,7 @@ use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
 use crate::attention::{Bias, Dims, Heads, soft_max};
-use crate::host::{self, Host, simd};
+use crate::host::{self, Fma, Host};
 use crate::work;
 
 const NAME: &str = "cached_attention";
@@ -73,19 +73,31 @@ pub fn cached_attention(
     work::product(2 * dims.b * dims.h, dims.tk, dims.d);
     // What several rows point to is read from memory once.
     work::read(pieces.iter().map(|piece| size_of_val(&*piece.k) + size_of_val(&*piece.v)).sum());
-    let heads = y.chunks_exact_mut(dims.d).enumerate();
+    let tasks = tasks(&mut y, dims);
+    let task = |scores: &mut Vec<f32>, (row, first, y): (usize, usize, &mut [f32])| {
+        scores.resize(y.len() / dims.d * dims.tk, 0.0);
+        pulp::Arch::new().dispatch(RowHeads { call: &call, row, first, scores, y });
+    };
     if products < PARALLEL_FROM {
-        let mut scores = vec![0f32; dims.tk];
-        heads.for_each(|(i, y)| call.head(i, &mut scores, y));
+        let mut scores = Vec::new();
+        tasks.into_iter().for_each(|one| task(&mut scores, one));
     } else {
-        let heads: Vec<_> = heads.collect();
-        // Long enough stretches that sharing out is not the larger part of the work.
-        heads
-            .into_par_iter()
-            .with_min_len(4)
-            .for_each_init(|| vec![0f32; dims.tk], |scores, (i, y)| call.head(i, scores, y));
+        tasks.into_par_iter().for_each_init(Vec::new, task);
     }
     host::tensor(y, q.shape())
+}
+
+/// What a thread does at a time, (row, first head, place of their results): heads that lie side by side, so that keys and values are
+/// read in long stretches, as many of a row as leave some tasks to each thread.
+fn tasks(y: &mut [f32], Dims { b, h, d, .. }: Dims) -> Vec<(usize, usize, &mut [f32])> {
+    let per_row = (4 * rayon::current_num_threads()).div_ceil(b);
+    let heads = h.div_ceil(per_row);
+    let rows = y.chunks_exact_mut(h * d).enumerate();
+    rows.flat_map(|(row, y)| {
+        let parts = y.chunks_mut(heads * d).enumerate();
+        parts.map(move |(i, y)| (row, i * heads, y))
+    })
+    .collect()
 }
 
 fn check(q: &Tensor, segments: &[Segment], heads: Heads) -> Result<Dims> {
@@ -128,50 +140,64 @@ struct Call<'a> {
     bias: Option<(&'a [f32], [usize; 4])>,
 }
 
-impl Call<'_> {
-    /// Head `i`, counted over all rows, to `y (d)`.
-    fn head(&self, i: usize, scores: &mut [f32], y: &mut [f32]) {
-        let Dims { h, kv, d, .. } = self.dims;
-        let (row, head) = (i / h, i % h);
-        let first = head / self.dims.group() * d;
-        let q = &self.q[i * d..(i + 1) * d];
-        simd(
-            #[inline(always)]
-            |f| {
-                let mut position = 0;
-                for piece in self.pieces {
-                    let k = piece.of(&piece.k, row, kv * d);
-                    for k in k.chunks_exact(kv * d) {
-                        scores[position] = self.scale * host::dot(f, q, &k[first..first + d]);
-                        position += 1;
-                    }
-                }
-                if let Some((bias, strides)) = self.bias {
-                    let at = row * strides[0] + head * strides[1];
-                    for (j, score) in scores.iter_mut().enumerate() {
-                        *score += bias[at + j * strides[3]];
-                    }
-                }
-                soft_max(f, scores);
-                let mut position = 0;
-                for piece in self.pieces {
-                    let v = piece.of(&piece.v, row, kv * d);
-                    for v in v.chunks_exact(kv * d) {
-                        for (y, v) in y.iter_mut().zip(&v[first..first + d]) {
-                            *y = f.of(scores[position], *v, *y);
-                        }
-                        position += 1;
-                    }
-                }
-            },
-        );
+/// Heads `first..` of a row of queries, whose results are `y (heads, d)`, with `scores (heads, tk)`.
+struct RowHeads<'a> {
+    call: &'a Call<'a>,
+    row: usize,
+    first: usize,
+    scores: &'a mut [f32],
+    y: &'a mut [f32],
+}
+
+impl pulp::WithSimd for RowHeads<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: pulp::Simd>(self, simd: S) {
+        let Self { call, row, first, scores, y } = self;
+        let Dims { h, d, tk, .. } = call.dims;
+        let group = call.dims.group();
+        let q = &call.q[(row * h + first) * d..][..y.len()];
+        for (position, k) in call.positions(row, |piece| &piece.k).enumerate() {
+            for (i, q) in q.chunks_exact(d).enumerate() {
+                let k = &k[(first + i) / group * d..][..d];
+                scores[i * tk + position] = call.scale * host::dot_of_vectors(simd, q, k);
+            }
+        }
+        for (i, scores) in scores.chunks_exact_mut(tk).enumerate() {
+            call.add_bias(row, first + i, scores);
+            soft_max(Fma::with::<S>(), scores);
+        }
+        for (position, v) in call.positions(row, |piece| &piece.v).enumerate() {
+            for (i, y) in y.chunks_exact_mut(d).enumerate() {
+                let v = &v[(first + i) / group * d..][..d];
+                host::add_scaled(simd, scores[i * tk + position], v, y);
+            }
+        }
     }
 }
 
-impl Piece<'_> {
-    /// What belongs to a row of queries, (t, width).
-    fn of<'a>(&self, values: &'a [f32], row: usize, width: usize) -> &'a [f32] {
-        let size = self.t * width;
-        &values[self.rows[row] as usize * size..][..size]
+impl Call<'_> {
+    /// Keys or values of a row of queries, position by position.
+    #[inline(always)]
+    fn positions<'a>(
+        &'a self,
+        row: usize,
+        part: impl Fn(&'a Piece<'a>) -> &'a [f32],
+    ) -> impl Iterator<Item = &'a [f32]> {
+        let width = self.dims.kv * self.dims.d;
+        self.pieces.iter().flat_map(move |piece| {
+            let size = piece.t * width;
+            part(piece)[piece.rows[row] as usize * size..][..size].chunks_exact(width)
+        })
+    }
+
+    #[inline(always)]
+    fn add_bias(&self, row: usize, head: usize, scores: &mut [f32]) {
+        let Some((bias, strides)) = self.bias else { return };
+        let at = row * strides[0] + head * strides[1];
+        for (j, score) in scores.iter_mut().enumerate() {
+            *score += bias[at + j * strides[3]];
+        }
     }
 }

@@ -24,7 +24,7 @@ use crate::host::{self, Host};
 use crate::linear::{check_bias, out_shape};
 use crate::panel::{Arithmetic, Panels, Turned};
 use crate::tile::{COLUMNS, Row};
-use crate::{quant, work};
+use crate::{gguf_read, gguf_write, work};
 
 const NAME: &str = "frozen_linear";
 
@@ -132,7 +132,7 @@ impl FrozenWeight {
             bail!("frozen weight: {:?} is not a float type", weight.dtype());
         }
         let weight = weight.detach();
-        // Candle cannot quantise nothing, and nothing needs no blocks.
+        // Nothing needs no blocks.
         let format = if out * width == 0 { WeightFormat::F32 } else { format.for_width(width) };
         let panels = match format {
             WeightFormat::F32 => floats(&weight, out, width)?,
@@ -142,8 +142,8 @@ impl FrozenWeight {
                 let halves = slice::<f16>(&storage, layout)?.reinterpret_cast();
                 Panels::f16(out, width, |i| halves[i])
             }
-            WeightFormat::Q8_0 => quantised(&weight, IntKind::Q8_0, GgmlDType::Q8_0)?,
-            WeightFormat::Q4K => quantised(&weight, IntKind::Q4K, GgmlDType::Q4K)?,
+            WeightFormat::Q8_0 => quantised(&weight, IntKind::Q8_0, gguf_write::q8_0)?,
+            WeightFormat::Q4K => quantised(&weight, IntKind::Q4K, gguf_write::q4_k)?,
         };
         Ok(Self::of(Store::Panels(panels), out, width))
     }
@@ -278,7 +278,7 @@ fn floats(weight: &Tensor, out: usize, width: usize) -> Result<Panels> {
     Ok(match weight.dtype() {
         DType::F16 => {
             let halves = slice::<f16>(&storage, layout)?;
-            Panels::f32(out, width, |i| quant::half_to_f32(halves[i].to_bits()))
+            Panels::f32(out, width, |i| gguf_read::half_to_f32(halves[i].to_bits()))
         }
         DType::BF16 => {
             let halves = slice::<half::bf16>(&storage, layout)?;
@@ -324,13 +324,11 @@ fn all<T: Copy + Sync>(numbers: &[T], fine: impl Fn(T) -> bool + Sync) -> bool {
 }
 
 /// Quantises row by row, 32 rows at a time: no copy of the whole in f32 is made.
-fn quantised(weight: &Tensor, kind: IntKind, dtype: GgmlDType) -> Result<Panels> {
+fn quantised(weight: &Tensor, kind: IntKind, pack: fn(&[f32], &mut [u8])) -> Result<Panels> {
     let (out, width) = weight.dims2()?;
     Panels::ints(kind, out, width, |rows, bytes| {
         let rows = weight.narrow(0, rows.start, rows.len())?.to_dtype(DType::F32)?;
-        // Candle quantises what a tensor's memory begins with, wherever the tensor itself begins.
-        let rows = host::tensor(rows.flatten_all()?.to_vec1::<f32>()?, rows.shape())?;
-        bytes.copy_from_slice(&QTensor::quantize(&rows, dtype)?.data()?);
+        pack(&Host::new(NAME, &rows)?, bytes);
         Ok(())
     })
 }
@@ -352,7 +350,7 @@ impl<'a> Reader<'a> {
         let Inner { store, width, .. } = &*weight.inner;
         let source = match store {
             Store::Panels(panels) => Source::Panels(panels),
-            Store::Blocks(q) if quant::known(q.dtype()) => {
+            Store::Blocks(q) if gguf_read::known(q.dtype()) => {
                 let dtype = q.dtype();
                 let per_row = width / dtype.block_size() * dtype.type_size();
                 Source::Bytes { dtype, bytes: q.data()?, per_row }
@@ -368,7 +366,7 @@ impl<'a> Reader<'a> {
             Source::Panels(panels) => panels.row(index, out),
             Source::Bytes { dtype, bytes, per_row } => {
                 let bytes = &bytes[index * per_row..(index + 1) * per_row];
-                quant::dequantize(*dtype, bytes, out);
+                gguf_read::dequantize(*dtype, bytes, out);
             }
             Source::Candle(q) => {
                 let row = Tensor::new(&[index as u32], &Device::Cpu)

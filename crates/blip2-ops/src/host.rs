@@ -23,6 +23,12 @@ pub(crate) const GRAIN: usize = 16 * 1024;
 pub(crate) struct Fma(bool);
 
 impl Fma {
+    /// Of what a kernel is compiled for.
+    #[inline(always)]
+    pub(crate) fn with<S: pulp::Simd>() -> Self {
+        Self(!S::IS_SCALAR)
+    }
+
     /// `a * b + c`
     #[inline(always)]
     pub(crate) fn of(self, a: f32, b: f32, c: f32) -> f32 {
@@ -38,7 +44,7 @@ impl<R, F: FnOnce(Fma) -> R> pulp::WithSimd for Kernel<F> {
 
     #[inline(always)]
     fn with_simd<S: pulp::Simd>(self, _: S) -> R {
-        (self.0)(Fma(!S::IS_SCALAR))
+        (self.0)(Fma::with::<S>())
     }
 }
 
@@ -343,6 +349,31 @@ pub(crate) fn dots(x: &[f32], w: &[f32], out: &mut [f32]) {
     }
     for (i, out) in rest.iter_mut().enumerate() {
         *out = pulp::Arch::new().dispatch(Dot { x: row(done + i), w });
+    }
+}
+
+/// Dot product in a partial sum for each lane of a vector.
+#[inline(always)]
+pub(crate) fn dot_of_vectors<S: pulp::Simd>(simd: S, x: &[f32], y: &[f32]) -> f32 {
+    let ((xs, x_rest), (ys, y_rest)) = (S::as_simd_f32s(x), S::as_simd_f32s(y));
+    let mut sum = simd.splat_f32s(0.0);
+    for (x, y) in xs.iter().zip(ys) {
+        sum = simd.mul_add_f32s(*x, *y, sum);
+    }
+    let tail: f32 = x_rest.iter().zip(y_rest).map(|(x, y)| x * y).sum();
+    simd.reduce_sum_f32s(sum) + tail
+}
+
+/// `y += factor x`.
+#[inline(always)]
+pub(crate) fn add_scaled<S: pulp::Simd>(simd: S, factor: f32, x: &[f32], y: &mut [f32]) {
+    let ((xs, x_rest), (ys, y_rest)) = (S::as_simd_f32s(x), S::as_mut_simd_f32s(y));
+    let all = simd.splat_f32s(factor);
+    for (x, y) in xs.iter().zip(ys) {
+        *y = simd.mul_add_f32s(all, *x, *y);
+    }
+    for (x, y) in x_rest.iter().zip(y_rest) {
+        *y += factor * x;
     }
 }
 

@@ -27,23 +27,23 @@ const QUADS: usize = BLOCK / 4;
 /// A block of x: the upper bytes of its integers, then the lower ones.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-struct Line {
+struct SplitBlock {
     upper: [i8; BLOCK],
     lower: [u8; BLOCK],
 }
 
-impl Line {
+impl SplitBlock {
     const EMPTY: Self = Self { upper: [0; BLOCK], lower: [0; BLOCK] };
 }
 
 /// `[block][row]`.
-impl Kept for Line {
+impl Kept for SplitBlock {
     const POSITIONS: usize = BLOCK;
 
     #[inline(always)]
     fn keep(integers: &[i16; BLOCK], place: &mut [Self], height: usize, block: usize, row: usize) {
-        let line = &mut place[block * height + row];
-        for ((upper, lower), q) in line.upper.iter_mut().zip(&mut line.lower).zip(integers) {
+        let split = &mut place[block * height + row];
+        for ((upper, lower), q) in split.upper.iter_mut().zip(&mut split.lower).zip(integers) {
             *upper = (q >> 8) as i8;
             *lower = *q as u8;
         }
@@ -143,7 +143,7 @@ thread_local! {
 
 #[derive(Default)]
 struct Place {
-    lines: Vec<Line>,
+    lines: Vec<SplitBlock>,
     scales: Vec<f32>,
     sums: Vec<f32>,
 }
@@ -165,7 +165,7 @@ impl ByteRows {
         let (height, blocks) = (n.div_ceil(n.div_ceil(ROWS)), width / BLOCK);
         let mut rows = Self { tiles, place: PLACE.take(), n, height, blocks };
         let len = rows.padded() * blocks;
-        lengthen(&mut rows.place.lines, len, Line::EMPTY);
+        lengthen(&mut rows.place.lines, len, SplitBlock::EMPTY);
         lengthen(&mut rows.place.scales, len, 0.0);
         lengthen(&mut rows.place.sums, len, 0.0);
         let chunks = chunks(width, INT_CHUNK);
@@ -218,7 +218,7 @@ impl ByteRows {
 
 /// Some blocks of all tiles, and the weights that belong to them.
 struct Chunk<'a> {
-    lines: &'a [Line],
+    lines: &'a [SplitBlock],
     scales: &'a [f32],
     sums: &'a [f32],
     height: usize,
@@ -258,7 +258,7 @@ mod x86 {
     use std::arch::x86_64::*;
     use std::slice::Chunks;
 
-    use super::{Chunk, FEWEST, Ints, Line, Quads, ROWS, Sums, Unit};
+    use super::{Chunk, FEWEST, Ints, Quads, ROWS, SplitBlock, Sums, Unit};
     use crate::amx::x86::Tiles;
     use crate::tile::x86::{ask_for, load16, scaled, store16};
     use crate::tile::{Row, part_of};
@@ -270,7 +270,7 @@ mod x86 {
     }
 
     // What the instructions below say in numbers.
-    const _: () = assert!(size_of::<Line>() == LINE && size_of::<Quads>() == 8 * 2 * LINE);
+    const _: () = assert!(size_of::<SplitBlock>() == LINE && size_of::<Quads>() == 8 * 2 * LINE);
     const _: () = assert!(size_of::<Sums>() == 2 * 1024);
 
     /// Bytes of a full row of a tile.
@@ -346,7 +346,7 @@ mod x86 {
 
     /// Some blocks of R rows.
     struct Tile<'a, const R: usize> {
-        lines: &'a [[Line; R]],
+        lines: &'a [[SplitBlock; R]],
         scales: &'a [[f32; R]],
         sums: &'a [[f32; R]],
         weights: &'a [Ints<Quads>],
@@ -427,7 +427,7 @@ mod x86 {
     #[expect(unsafe_code, reason = "tiles are loaded through pointers")]
     #[inline]
     #[target_feature(enable = "avx512f")]
-    unsafe fn upper_bytes<const R: usize>(lines: &[Line; R], weights: &Quads, half: usize) {
+    unsafe fn upper_bytes<const R: usize>(lines: &[SplitBlock; R], weights: &Quads, half: usize) {
         // SAFETY: they read half of each of R lines, and half of each of eight rows of weights.
         unsafe {
             asm!(
@@ -452,7 +452,7 @@ mod x86 {
     #[expect(unsafe_code, reason = "tiles are loaded through pointers")]
     #[inline]
     #[target_feature(enable = "avx512f")]
-    unsafe fn lower_bytes<const R: usize>(lines: &[Line; R]) {
+    unsafe fn lower_bytes<const R: usize>(lines: &[SplitBlock; R]) {
         // SAFETY: they read the other half of each of R lines.
         unsafe {
             asm!(

@@ -9,7 +9,7 @@
 //! | file | what it holds |
 //! |---|---|
 //! | `linear.rs` | [`linear`]: product with a trained weight |
-//! | `frozen.rs`, `quant.rs` | [`FrozenWeight`] in f32, f16 or GGUF blocks, [`frozen_linear`] |
+//! | `frozen.rs`, `gguf_read.rs`, `gguf_write.rs` | [`FrozenWeight`] in f32, f16 or GGUF blocks, [`frozen_linear`] |
 //! | `panel.rs`, `blocks.rs`, `tile.rs` | how frozen weights lie in memory, quantised blocks of them, and the innermost products |
 //! | `int_tiles.rs` | products of quantised weights with many rows, by tile instructions |
 //! | `float_tiles.rs`, `factor.rs` | large products of any two factors; what those share with `bf16_tiles.rs` |
@@ -48,6 +48,8 @@ mod factor;
 mod float_tiles;
 mod frozen;
 mod gemm;
+mod gguf_read;
+mod gguf_write;
 mod gradients;
 mod host;
 mod int_tiles;
@@ -57,7 +59,6 @@ mod matrix;
 mod norm;
 mod optim;
 mod panel;
-mod quant;
 mod rope;
 mod tile;
 mod work;

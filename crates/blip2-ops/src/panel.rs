@@ -25,10 +25,10 @@ use crate::blocks::{
 };
 use crate::factor::{self, Factor, chunks};
 use crate::float_tiles::{FloatRows, place, tiles};
+use crate::gguf_read::half_to_f32;
 use crate::host::{self, simd};
 use crate::int_tiles::{self, ByteRows};
 use crate::matrix::{self, Finish, RowsMut, split_columns};
-use crate::quant::half_to_f32;
 use crate::tile::{
     self, BLOCK, COLUMNS, Floats, IntRows, Ints, Isa, Lies, PAIRS, Packed, PackedIsa, Pairs,
     Q4_K_HEAD, Row, Unit,

@@ -360,8 +360,8 @@ macro_rules! by_rows {
 
 mod portable {
     use super::{Floats, IntRows, Ints, PAIRS, Row};
+    use crate::gguf_read::half_to_f32;
     use crate::host::{Fma, simd};
-    use crate::quant::half_to_f32;
 
     pub(super) fn floats(a: &[f32], w: Floats<'_>, out: &mut [Row]) {
         let rows = out.len().max(1);

@@ -1,0 +1,260 @@
+//! Writing GGUF blocks: rows of f32 → stored bytes, bit for bit what candle's quantiser makes of finite numbers, but for one case: 32 numbers
+//! that are all the same become zeros there, and stay what they are here.
+//!
+//! Candle takes one number after the other, and a model of billions of them waits for it at every start. Here eight sub-blocks are fitted
+//! side by side, a lane each: sums are taken in the same order, so that they are the same.
+
+use half::f16;
+
+use crate::host::simd;
+
+/// Numbers that share a scale.
+const SUB: usize = 32;
+/// Sub-blocks of a block of Q4_K.
+const SUBS: usize = 8;
+/// How often a sub-block's scale and minimum are fitted to its integers.
+const FITS: usize = 5;
+/// The largest integer of Q4_K.
+const TOP: f32 = 15.0;
+/// The largest of its scales of scales, which have six bits.
+const TOP_SCALE: f32 = 63.0;
+
+/// A number of each sub-block.
+type Lanes = [f32; SUBS];
+
+/// Packs rows into blocks of Q8_0: a scale (f16), 32 integers.
+pub(crate) fn q8_0(rows: &[f32], bytes: &mut [u8]) {
+    simd(
+        #[inline(always)]
+        |_| {
+            for (x, block) in rows.as_chunks::<SUB>().0.iter().zip(bytes.as_chunks_mut::<34>().0) {
+                let scale = x.iter().fold(0f32, |top, x| top.max(x.abs())) / 127.0;
+                let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+                let (head, integers) = block.split_at_mut(2);
+                head.copy_from_slice(&f16::from_f32(scale).to_le_bytes());
+                for (integer, x) in integers.iter_mut().zip(x) {
+                    *integer = (x * inverse).round() as i8 as u8;
+                }
+            }
+        },
+    );
+}
+
+/// Packs rows into blocks of Q4_K: a scale of scales and one of minimums (f16), eight of each (six bits), 256 integers (four bits).
+pub(crate) fn q4_k(rows: &[f32], bytes: &mut [u8]) {
+    simd(
+        #[inline(always)]
+        |_| {
+            let blocks = bytes.as_chunks_mut::<144>().0;
+            for (x, block) in rows.as_chunks::<{ SUB * SUBS }>().0.iter().zip(blocks) {
+                q4_k_block(x.as_chunks::<SUB>().0, block);
+            }
+        },
+    );
+}
+
+#[inline(always)]
+fn q4_k_block(x: &[[f32; SUB]], block: &mut [u8; 144]) {
+    let (scales, mins) = fit(&side_by_side(x));
+    let (head, levels) = block.split_at_mut(16);
+    let (halves, packed) = head.split_at_mut(4);
+    let (scale, scales) = in_six_bits(&scales);
+    let (min, mins) = in_six_bits(&mins);
+    halves[..2].copy_from_slice(&scale.to_le_bytes());
+    halves[2..].copy_from_slice(&min.to_le_bytes());
+    packed.copy_from_slice(&pack_scales(scales, mins));
+
+    let pairs = x.as_chunks::<2>().0.iter().zip(levels.as_chunks_mut::<SUB>().0);
+    for (pair, (x, out)) in pairs.enumerate() {
+        let [low, high] = [0, 1].map(|i| {
+            let sub = 2 * pair + i;
+            let step = scale.to_f32() * f32::from(scales[sub]);
+            let min = min.to_f32() * f32::from(mins[sub]);
+            levels_of(&x[i], step, min)
+        });
+        for ((out, low), high) in out.iter_mut().zip(low).zip(high) {
+            *out = low | high << 4;
+        }
+    }
+}
+
+/// Position by position instead of sub-block by sub-block.
+#[inline(always)]
+fn side_by_side(x: &[[f32; SUB]]) -> [Lanes; SUB] {
+    let mut out = [[0.0; SUBS]; SUB];
+    for (lane, x) in x.iter().enumerate() {
+        for (out, x) in out.iter_mut().zip(x) {
+            out[lane] = *x;
+        }
+    }
+    out
+}
+
+/// Scale and minimum (subtracted, so never negative) of each sub-block: integers and scale are fitted to each other in
+/// turns, until the integers stay what they are.
+#[inline(always)]
+fn fit(x: &[Lanes; SUB]) -> (Lanes, Lanes) {
+    let (least, most) = x.iter().fold((x[0], x[0]), |(least, most), x| {
+        (
+            lanes(|i| if x[i] < least[i] { x[i] } else { least[i] }),
+            lanes(|i| if x[i] > most[i] { x[i] } else { most[i] }),
+        )
+    });
+    let mut min = lanes(|i| least[i].min(0.0));
+    let mut inverse = lanes(|i| TOP / (most[i] - min[i]));
+    let mut scale = [0.0; SUBS];
+    // Where all are the same negative number, or zero, the minimum says everything.
+    let mut live = std::array::from_fn::<_, SUBS, _>(|i| most[i] != min[i]);
+
+    let mut levels = [[0.0; SUBS]; SUB];
+    for _ in 0..FITS {
+        let (mut along, mut squares) = ([0.0; SUBS], [0.0; SUBS]);
+        let mut changed = [false; SUBS];
+        for (x, levels) in x.iter().zip(&mut levels) {
+            for i in 0..SUBS {
+                let above = x[i] - min[i];
+                let level = level(inverse[i] * above);
+                changed[i] |= level != levels[i];
+                levels[i] = level;
+                along[i] += above * level;
+                squares[i] += level * level;
+            }
+        }
+        let fitted = lanes(|i| along[i] / squares[i]);
+        let mut rest = [0.0; SUBS];
+        for (x, levels) in x.iter().zip(&levels) {
+            for i in 0..SUBS {
+                rest[i] += x[i] - fitted[i] * levels[i];
+            }
+        }
+        for i in 0..SUBS {
+            let mean = rest[i] / SUB as f32;
+            if live[i] {
+                scale[i] = fitted[i];
+                min[i] = if mean > 0.0 { 0.0 } else { mean };
+                inverse[i] = 1.0 / fitted[i];
+            }
+            live[i] &= changed[i];
+        }
+        if !live.contains(&true) {
+            break;
+        }
+    }
+    // Not `-min`: no zero is to have a sign.
+    (scale, lanes(|i| 0.0 - min[i]))
+}
+
+#[inline(always)]
+fn lanes(of: impl Fn(usize) -> f32) -> Lanes {
+    std::array::from_fn(of)
+}
+
+/// The nearest of 0 to 15, as a float; of what is no number 0.
+#[inline(always)]
+fn level(x: f32) -> f32 {
+    let nearest = x.round();
+    if nearest > 0.0 { nearest.min(TOP) } else { 0.0 }
+}
+
+/// The largest by 63, and how often that goes into each.
+#[inline(always)]
+fn in_six_bits(values: &Lanes) -> (f16, [u8; SUBS]) {
+    let top = values.iter().fold(0f32, |top, value| value.max(top));
+    let inverse = if top > 0.0 { TOP_SCALE / top } else { 0.0 };
+    let counts = values.map(|value| ((inverse * value).round() as u8).min(TOP_SCALE as u8));
+    (f16::from_f32(top / TOP_SCALE), counts)
+}
+
+/// Six bits of eight scales and eight minimums in 12 bytes: the first four of each lie whole in the low bits of a byte, the last
+/// four have their low bits together in a byte and their two high bits above those of the first.
+#[inline(always)]
+fn pack_scales(scales: [u8; SUBS], mins: [u8; SUBS]) -> [u8; 12] {
+    let mut out = [0; 12];
+    for i in 0..4 {
+        out[i] = scales[i] | scales[i + 4] >> 4 << 6;
+        out[i + 4] = mins[i] | mins[i + 4] >> 4 << 6;
+        out[i + 8] = scales[i + 4] & 15 | mins[i + 4] << 4;
+    }
+    out
+}
+
+/// The integers of a sub-block whose scale and minimum have been rounded.
+#[inline(always)]
+fn levels_of(x: &[f32; SUB], step: f32, min: f32) -> [u8; SUB] {
+    if step == 0.0 {
+        return [0; SUB];
+    }
+    x.map(|x| level((x + min) / step) as u8)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::quantized::{GgmlDType, QStorage, QTensor};
+    use candle_core::{Device, Tensor};
+
+    use super::*;
+
+    /// Blocks of every kind: of one sign, wide, tiny, all the same, zeros, one large among small, whole steps.
+    fn blocks() -> Vec<f32> {
+        let mut state = 7u64;
+        let mut random = || {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            (state >> 40) as f32 / (1u64 << 24) as f32 - 0.5
+        };
+        let kinds: [fn(f32, usize) -> f32; 11] = [
+            |x, _| x,
+            |x, _| x.abs(),
+            |x, _| -x.abs() - 1.0,
+            |x, _| x * x * x * 1e4,
+            |x, _| x * 1e-30,
+            |x, _| x * 1e-42,
+            |x, _| x * 1e38,
+            |_, i| if i.is_multiple_of(2) { 0.0 } else { -0.0 },
+            |x, i| if i.is_multiple_of(37) { 100.0 * x } else { 0.01 * x },
+            |x, _| (x * 15.0).round() / 8.0,
+            |x, i| if i / 32 % 2 == 0 { 0.0 } else { x },
+        ];
+        let numbers = 1024;
+        kinds
+            .iter()
+            .flat_map(|kind| (0..numbers).map(|i| kind(random(), i)).collect::<Vec<_>>())
+            .collect()
+    }
+
+    fn check(dtype: GgmlDType, block: usize, bytes: usize, quantise: fn(&[f32], &mut [u8])) {
+        let rows = blocks();
+        let tensor = Tensor::from_slice(&rows, rows.len(), &Device::Cpu).unwrap();
+        let theirs = QTensor::quantize(&tensor, dtype).unwrap();
+        let mut ours = vec![0xAA; theirs.data().unwrap().len()];
+        quantise(&rows, &mut ours);
+        let theirs = theirs.data().unwrap();
+        for (i, (ours, theirs)) in ours.chunks(bytes).zip(theirs.chunks(bytes)).enumerate() {
+            let numbers = &rows[i * block..(i + 1) * block];
+            assert_eq!(ours, theirs, "block {i} of {dtype:?}, from {numbers:?}");
+        }
+    }
+
+    #[test]
+    fn bytes_are_those_of_the_reference() {
+        check(GgmlDType::Q8_0, 32, 34, q8_0);
+        check(GgmlDType::Q4K, 256, 144, q4_k);
+    }
+
+    /// What the reference makes zeros of.
+    #[test]
+    fn numbers_that_are_all_the_same_are_kept() {
+        for value in [0.75f32, -0.75, 1e-3] {
+            let mut rows = blocks()[..256].to_vec();
+            rows[64..96].fill(value);
+            let mut bytes = vec![0; 144];
+            q4_k(&rows, &mut bytes);
+            let storage = QStorage::from_data(bytes.into(), &Device::Cpu, GgmlDType::Q4K).unwrap();
+            let back = QTensor::new(storage, 256).unwrap().dequantize(&Device::Cpu).unwrap();
+            for back in &back.to_vec1::<f32>().unwrap()[64..96] {
+                assert!((back - value).abs() <= 0.75 / 63.0, "{value} became {back}");
+            }
+        }
+    }
+}
