@@ -270,10 +270,7 @@ impl FrozenWeight {
 
 /// f32 panels of a weight of any float type, without a copy of it in between.
 fn floats(weight: &Tensor, out: usize, width: usize) -> Result<Panels> {
-    let weight = match weight.dtype() {
-        DType::F32 | DType::F16 | DType::BF16 => weight.contiguous()?,
-        _ => weight.to_dtype(DType::F32)?.contiguous()?,
-    };
+    let weight = readable(weight)?;
     let (storage, layout) = weight.storage_and_layout();
     Ok(match weight.dtype() {
         DType::F16 => {
@@ -291,6 +288,14 @@ fn floats(weight: &Tensor, out: usize, width: usize) -> Result<Panels> {
     })
 }
 
+/// The same numbers in a row, and in one of the types that are read here.
+fn readable(tensor: &Tensor) -> Result<Tensor> {
+    match tensor.dtype() {
+        DType::F32 | DType::F16 | DType::BF16 => tensor.contiguous(),
+        _ => tensor.to_dtype(DType::F32)?.contiguous(),
+    }
+}
+
 /// The numbers of a contiguous tensor.
 fn slice<'a, T: WithDType>(storage: &'a Storage, layout: &Layout) -> Result<&'a [T]> {
     let (Storage::Cpu(storage), Some((start, end))) = (storage, layout.contiguous_offsets()) else {
@@ -304,11 +309,10 @@ fn slice<'a, T: WithDType>(storage: &'a Storage, layout: &Layout) -> Result<&'a 
 /// # Errors
 /// If it is of another type.
 pub fn is_finite(tensor: &Tensor) -> Result<bool> {
-    let tensor = match tensor.dtype() {
-        DType::F32 | DType::F16 | DType::BF16 => tensor.contiguous()?,
-        dtype if dtype.is_float() => tensor.to_dtype(DType::F32)?.contiguous()?,
-        dtype => bail!("is_finite: {dtype:?} is not a float type"),
-    };
+    if !tensor.dtype().is_float() {
+        bail!("is_finite: {:?} is not a float type", tensor.dtype());
+    }
+    let tensor = readable(tensor)?;
     let (storage, layout) = tensor.storage_and_layout();
     Ok(match tensor.dtype() {
         DType::F16 => all(slice::<f16>(&storage, layout)?, f16::is_finite),
@@ -326,9 +330,21 @@ fn all<T: Copy + Sync>(numbers: &[T], fine: impl Fn(T) -> bool + Sync) -> bool {
 /// Quantises row by row, 32 rows at a time: no copy of the whole in f32 is made.
 fn quantised(weight: &Tensor, kind: IntKind, pack: fn(&[f32], &mut [u8])) -> Result<Panels> {
     let (out, width) = weight.dims2()?;
+    let weight = readable(weight)?;
+    let (storage, layout) = weight.storage_and_layout();
     Panels::ints(kind, out, width, |rows, bytes| {
-        let rows = weight.narrow(0, rows.start, rows.len())?.to_dtype(DType::F32)?;
-        pack(&Host::new(NAME, &rows)?, bytes);
+        let numbers = rows.start * width..rows.end * width;
+        let mut floats = vec![0f32; numbers.len()];
+        match weight.dtype() {
+            DType::F16 => {
+                slice::<f16>(&storage, layout)?[numbers].convert_to_f32_slice(&mut floats)
+            }
+            DType::BF16 => {
+                slice::<half::bf16>(&storage, layout)?[numbers].convert_to_f32_slice(&mut floats);
+            }
+            _ => floats.copy_from_slice(&slice::<f32>(&storage, layout)?[numbers]),
+        }
+        pack(&floats, bytes);
         Ok(())
     })
 }

@@ -1,7 +1,7 @@
 //! Writing GGUF blocks: rows of f32 → stored bytes, bit for bit what candle's quantiser makes of finite numbers, but for one case: 32 numbers
 //! that are all the same become zeros there, and stay what they are here.
 //!
-//! Candle takes one number after the other, and a model of billions of them waits for it at every start. Here eight sub-blocks are fitted
+//! Candle takes one number after the other, and a model of billions of them waits for it at every start. Here many sub-blocks are fitted
 //! side by side, a lane each: sums are taken in the same order, so that they are the same.
 
 use half::f16;
@@ -19,8 +19,11 @@ const TOP: f32 = 15.0;
 /// The largest of its scales of scales, which have six bits.
 const TOP_SCALE: f32 = 63.0;
 
-/// A number of each sub-block.
-type Lanes = [f32; SUBS];
+/// Sub-blocks that are fitted together: so many that loops over them are loops for the compiler too, which it makes vectors of.
+const LANES: usize = 8 * SUBS;
+
+/// A number of each of them.
+type Lanes = [f32; LANES];
 
 /// Packs rows into blocks of Q8_0: a scale (f16), 32 integers.
 pub(crate) fn q8_0(rows: &[f32], bytes: &mut [u8]) {
@@ -28,12 +31,16 @@ pub(crate) fn q8_0(rows: &[f32], bytes: &mut [u8]) {
         #[inline(always)]
         |_| {
             for (x, block) in rows.as_chunks::<SUB>().0.iter().zip(bytes.as_chunks_mut::<34>().0) {
-                let scale = x.iter().fold(0f32, |top, x| top.max(x.abs())) / 127.0;
+                // Without their signs numbers are ordered as their bits are.
+                let top = x.iter().fold(0, |top, x| (x.to_bits() << 1 >> 1).max(top));
+                let scale = f32::from_bits(top) / 127.0;
                 let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
                 let (head, integers) = block.split_at_mut(2);
                 head.copy_from_slice(&f16::from_f32(scale).to_le_bytes());
                 for (integer, x) in integers.iter_mut().zip(x) {
-                    *integer = (x * inverse).round() as i8 as u8;
+                    // The inverse of a tiny scale is infinite, and zero is to stay zero.
+                    let wanted = if *x == 0.0 { 0.0 } else { x * inverse };
+                    *integer = low_byte(wanted.round().clamp(-128.0, 127.0));
                 }
             }
         },
@@ -45,108 +52,125 @@ pub(crate) fn q4_k(rows: &[f32], bytes: &mut [u8]) {
     simd(
         #[inline(always)]
         |_| {
-            let blocks = bytes.as_chunks_mut::<144>().0;
-            for (x, block) in rows.as_chunks::<{ SUB * SUBS }>().0.iter().zip(blocks) {
-                q4_k_block(x.as_chunks::<SUB>().0, block);
+            let mut lanes = [[0.0; LANES]; SUB];
+            let some = rows.as_chunks::<SUB>().0.chunks(LANES);
+            for (x, bytes) in some.zip(bytes.chunks_mut(LANES / SUBS * 144)) {
+                put_side_by_side(x, &mut lanes);
+                let (scales, mins) = fit(&lanes);
+                let fitted = scales.as_chunks::<SUBS>().0.iter().zip(mins.as_chunks::<SUBS>().0);
+                let blocks = x.as_chunks::<SUBS>().0.iter().zip(bytes.as_chunks_mut::<144>().0);
+                for ((x, block), (scales, mins)) in blocks.zip(fitted) {
+                    write_q4_k(x, scales, mins, block);
+                }
             }
         },
     );
 }
 
 #[inline(always)]
-fn q4_k_block(x: &[[f32; SUB]], block: &mut [u8; 144]) {
-    let (scales, mins) = fit(&side_by_side(x));
-    let (head, levels) = block.split_at_mut(16);
-    let (halves, packed) = head.split_at_mut(4);
-    let (scale, scales) = in_six_bits(&scales);
-    let (min, mins) = in_six_bits(&mins);
+fn write_q4_k(
+    x: &[[f32; SUB]; SUBS],
+    scales: &[f32; SUBS],
+    mins: &[f32; SUBS],
+    block: &mut [u8; 144],
+) {
+    let (head, packed) = block.split_at_mut(16);
+    let (halves, counts) = head.split_at_mut(4);
+    let (scale, scales) = in_six_bits(scales);
+    let (min, mins) = in_six_bits(mins);
     halves[..2].copy_from_slice(&scale.to_le_bytes());
     halves[2..].copy_from_slice(&min.to_le_bytes());
-    packed.copy_from_slice(&pack_scales(scales, mins));
+    counts.copy_from_slice(&pack_scales(scales, mins));
 
-    let pairs = x.as_chunks::<2>().0.iter().zip(levels.as_chunks_mut::<SUB>().0);
-    for (pair, (x, out)) in pairs.enumerate() {
-        let [low, high] = [0, 1].map(|i| {
-            let sub = 2 * pair + i;
-            let step = scale.to_f32() * f32::from(scales[sub]);
-            let min = min.to_f32() * f32::from(mins[sub]);
-            levels_of(&x[i], step, min)
-        });
+    let mut integers = [[0; SUB]; SUBS];
+    for (i, (x, integers)) in x.iter().zip(&mut integers).enumerate() {
+        let step = scale.to_f32() * f32::from(scales[i]);
+        let min = min.to_f32() * f32::from(mins[i]);
+        fill_integers(x, step, min, integers);
+    }
+    let pairs = integers.as_chunks::<2>().0.iter().zip(packed.as_chunks_mut::<SUB>().0);
+    for ([low, high], out) in pairs {
         for ((out, low), high) in out.iter_mut().zip(low).zip(high) {
             *out = low | high << 4;
         }
     }
 }
 
-/// Position by position instead of sub-block by sub-block.
+/// Position by position instead of sub-block by sub-block. What lies in lanes that are left over does not matter.
 #[inline(always)]
-fn side_by_side(x: &[[f32; SUB]]) -> [Lanes; SUB] {
-    let mut out = [[0.0; SUBS]; SUB];
+fn put_side_by_side(x: &[[f32; SUB]], lanes: &mut [Lanes; SUB]) {
     for (lane, x) in x.iter().enumerate() {
-        for (out, x) in out.iter_mut().zip(x) {
-            out[lane] = *x;
+        for (lanes, x) in lanes.iter_mut().zip(x) {
+            lanes[lane] = *x;
         }
     }
-    out
 }
 
 /// Scale and minimum (subtracted, so never negative) of each sub-block: integers and scale are fitted to each other in
 /// turns, until the integers stay what they are.
 #[inline(always)]
 fn fit(x: &[Lanes; SUB]) -> (Lanes, Lanes) {
-    let (least, most) = x.iter().fold((x[0], x[0]), |(least, most), x| {
-        (
-            lanes(|i| if x[i] < least[i] { x[i] } else { least[i] }),
-            lanes(|i| if x[i] > most[i] { x[i] } else { most[i] }),
-        )
-    });
-    let mut min = lanes(|i| least[i].min(0.0));
-    let mut inverse = lanes(|i| TOP / (most[i] - min[i]));
-    let mut scale = [0.0; SUBS];
-    // Where all are the same negative number, or zero, the minimum says everything.
-    let mut live = std::array::from_fn::<_, SUBS, _>(|i| most[i] != min[i]);
+    let (mut min, mut most) = ([0f32; LANES], x[0]);
+    for x in x {
+        for i in 0..LANES {
+            min[i] = if x[i] < min[i] { x[i] } else { min[i] };
+            most[i] = if x[i] > most[i] { x[i] } else { most[i] };
+        }
+    }
+    let (mut scale, mut inverse, mut live) = ([0f32; LANES], [0f32; LANES], [0u32; LANES]);
+    for i in 0..LANES {
+        inverse[i] = TOP / (most[i] - min[i]);
+        // Where all are the same negative number, or zero, the minimum says everything.
+        live[i] = u32::from(most[i] != min[i]);
+    }
 
-    let mut levels = [[0.0; SUBS]; SUB];
+    let mut levels = [[0f32; LANES]; SUB];
     for _ in 0..FITS {
-        let (mut along, mut squares) = ([0.0; SUBS], [0.0; SUBS]);
-        let mut changed = [false; SUBS];
+        let (mut along, mut squares, mut changed) = ([0f32; LANES], [0f32; LANES], [0; LANES]);
         for (x, levels) in x.iter().zip(&mut levels) {
-            for i in 0..SUBS {
+            for i in 0..LANES {
                 let above = x[i] - min[i];
                 let level = level(inverse[i] * above);
-                changed[i] |= level != levels[i];
+                changed[i] |= u32::from(level != levels[i]);
                 levels[i] = level;
                 along[i] += above * level;
                 squares[i] += level * level;
             }
         }
-        let fitted = lanes(|i| along[i] / squares[i]);
-        let mut rest = [0.0; SUBS];
+        let mut rest = [0f32; LANES];
+        for i in 0..LANES {
+            along[i] /= squares[i];
+        }
         for (x, levels) in x.iter().zip(&levels) {
-            for i in 0..SUBS {
-                rest[i] += x[i] - fitted[i] * levels[i];
+            for i in 0..LANES {
+                rest[i] += x[i] - along[i] * levels[i];
             }
         }
-        for i in 0..SUBS {
-            let mean = rest[i] / SUB as f32;
-            if live[i] {
-                scale[i] = fitted[i];
-                min[i] = if mean > 0.0 { 0.0 } else { mean };
-                inverse[i] = 1.0 / fitted[i];
-            }
+        for i in 0..LANES {
+            let (is_live, mean) = (live[i] != 0, rest[i] / SUB as f32);
+            let mean = if mean > 0.0 { 0.0 } else { mean };
+            scale[i] = if is_live { along[i] } else { scale[i] };
+            min[i] = if is_live { mean } else { min[i] };
+            inverse[i] = 1.0 / along[i];
             live[i] &= changed[i];
         }
-        if !live.contains(&true) {
+        if live == [0; LANES] {
             break;
         }
     }
-    // Not `-min`: no zero is to have a sign.
-    (scale, lanes(|i| 0.0 - min[i]))
+    for min in &mut min {
+        // Not `-min`: no zero is to have a sign.
+        *min = 0.0 - *min;
+    }
+    (scale, min)
 }
 
+/// That of a small integer, in two's complement. (`as` would look for numbers too large, one after the other.)
 #[inline(always)]
-fn lanes(of: impl Fn(usize) -> f32) -> Lanes {
-    std::array::from_fn(of)
+fn low_byte(integer: f32) -> u8 {
+    /// So large that what is added to it lands in the last bits, and its own last eight are zero.
+    const LARGE: f32 = 12_582_912.0;
+    (integer + LARGE).to_bits() as u8
 }
 
 /// The nearest of 0 to 15, as a float; of what is no number 0.
@@ -158,10 +182,14 @@ fn level(x: f32) -> f32 {
 
 /// The largest by 63, and how often that goes into each.
 #[inline(always)]
-fn in_six_bits(values: &Lanes) -> (f16, [u8; SUBS]) {
+fn in_six_bits(values: &[f32; SUBS]) -> (f16, [u8; SUBS]) {
     let top = values.iter().fold(0f32, |top, value| value.max(top));
     let inverse = if top > 0.0 { TOP_SCALE / top } else { 0.0 };
-    let counts = values.map(|value| ((inverse * value).round() as u8).min(TOP_SCALE as u8));
+    let count = |value: f32| ((inverse * value).round() as u8).min(TOP_SCALE as u8);
+    let mut counts = [0; SUBS];
+    for (out, value) in counts.iter_mut().zip(values) {
+        *out = count(*value);
+    }
     (f16::from_f32(top / TOP_SCALE), counts)
 }
 
@@ -180,11 +208,13 @@ fn pack_scales(scales: [u8; SUBS], mins: [u8; SUBS]) -> [u8; 12] {
 
 /// The integers of a sub-block whose scale and minimum have been rounded.
 #[inline(always)]
-fn levels_of(x: &[f32; SUB], step: f32, min: f32) -> [u8; SUB] {
+fn fill_integers(x: &[f32; SUB], step: f32, min: f32, levels: &mut [u8; SUB]) {
     if step == 0.0 {
-        return [0; SUB];
+        return levels.fill(0);
     }
-    x.map(|x| level((x + min) / step) as u8)
+    for (out, x) in levels.iter_mut().zip(x) {
+        *out = low_byte(level((x + min) / step));
+    }
 }
 
 #[cfg(test)]
