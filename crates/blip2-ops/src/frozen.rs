@@ -337,7 +337,7 @@ fn quantised(weight: &Tensor, kind: IntKind, pack: fn(&[f32], &mut [u8])) -> Res
         let mut floats = vec![0f32; numbers.len()];
         match weight.dtype() {
             DType::F16 => {
-                slice::<f16>(&storage, layout)?[numbers].convert_to_f32_slice(&mut floats)
+                slice::<f16>(&storage, layout)?[numbers].convert_to_f32_slice(&mut floats);
             }
             DType::BF16 => {
                 slice::<half::bf16>(&storage, layout)?[numbers].convert_to_f32_slice(&mut floats);
