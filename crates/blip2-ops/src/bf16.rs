@@ -518,7 +518,8 @@ pub(crate) mod tests {
     fn panels_of_a_weight_give_what_its_rows_give() {
         for [n, width, outputs] in [[16, 16, 16], [20, 33, 70], [17, 64, 31], [40, 100, 129]] {
             let (weight, x) = (numbers(outputs * width, 1), numbers(n * width, 2));
-            let panels = Panels::f32(outputs, width, |i| weight[i]);
+            let read = |i, to: &mut [f32]| to.copy_from_slice(&weight[i..][..to.len()]);
+            let panels = Panels::f32(outputs, width, read);
             let mut floats = Vec::new();
             let floats = panels.floats(0..outputs.div_ceil(COLUMNS), &mut floats);
             let frozen = FrozenPanels { floats, width };

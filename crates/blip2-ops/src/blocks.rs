@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use crate::float_tiles::cut;
 use crate::gguf_read::half_to_f32;
-use crate::host::{self, simd};
+use crate::host::{self, TO_INTEGER, simd};
 use crate::tile::{BLOCK, COLUMNS, Integers, Ints, Isa, PAIRS, Q4_K_HEAD, Row, Unit};
 
 /// Positions along k of quantised weights that are worked on together: unpacked, they fit the first-level cache. A block of Q4_K.
@@ -241,8 +241,6 @@ impl Quantised {
         const MOST: f32 = 32767.0;
         /// Below this everything is zero: its reciprocal would overflow.
         const LEAST: f32 = 1e-30;
-        /// Added to a number it leaves the nearest integer, ties to even, in the lower bits.
-        const ROUNDING: f32 = 1.5 * 8_388_608.0;
         const LANES: usize = 16;
         // Magnitudes are in the order of their bits. Integers wrap, or their sums would not be vectorised; those of numbers that are not
         // finite do not matter.
@@ -263,7 +261,8 @@ impl Quantised {
         let parts = integers.as_chunks_mut::<LANES>().0.iter_mut().zip(x.as_chunks::<LANES>().0);
         for (q, x) in parts {
             for ((total, q), x) in totals.iter_mut().zip(q).zip(x) {
-                let rounded = (x * factor + ROUNDING).to_bits().wrapping_sub(ROUNDING.to_bits());
+                let rounded =
+                    (x * factor + TO_INTEGER).to_bits().wrapping_sub(TO_INTEGER.to_bits());
                 *q = rounded as i16;
                 *total = total.wrapping_add(rounded);
             }

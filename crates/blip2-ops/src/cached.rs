@@ -14,6 +14,9 @@ use crate::work;
 
 const NAME: &str = "cached_attention";
 
+/// Into how many parts the heads are cut for each thread, at least: so that they end together.
+const TASKS_PER_THREAD: usize = 4;
+
 /// Multiplications below which one thread does everything.
 const PARALLEL_FROM: usize = 64 * 1024;
 
@@ -37,7 +40,7 @@ struct Piece<'a> {
 }
 
 /// [`crate::attention`] for queries `q (b, 1, heads*d)` over the positions of all `segments`, in their order; `bias`
-/// broadcasts to `(b, heads, 1, positions)`. Forward only.
+/// broadcasts to `(b, heads, 1, positions)`. Of no positions zeros. Forward only.
 ///
 /// # Errors
 /// Shapes that do not fit, a row that is not there, or a tracked argument, whose gradient would stop here.
@@ -49,8 +52,8 @@ pub fn cached_attention(
 ) -> Result<Tensor> {
     let dims = check(q, segments, heads)?;
     let bias = bias.map(|bias| Bias::new(NAME, bias, &dims)).transpose()?;
-    if q.elem_count() == 0 {
-        return Ok(q.clone());
+    if q.elem_count() == 0 || dims.tk == 0 {
+        return q.zeros_like();
     }
     let q_host = Host::new(NAME, q)?;
     let pieces = segments
@@ -73,29 +76,29 @@ pub fn cached_attention(
     work::product(2 * dims.b * dims.h, dims.tk, dims.d);
     // What several rows point to is read from memory once.
     work::read(pieces.iter().map(|piece| size_of_val(&*piece.k) + size_of_val(&*piece.v)).sum());
-    let tasks = tasks(&mut y, dims);
-    let task = |scores: &mut Vec<f32>, (row, first, y): (usize, usize, &mut [f32])| {
+    let tasks = cut(&mut y, dims);
+    let run = |scores: &mut Vec<f32>, (row, first, y): (usize, usize, &mut [f32])| {
         scores.resize(y.len() / dims.d * dims.tk, 0.0);
         pulp::Arch::new().dispatch(RowHeads { call: &call, row, first, scores, y });
     };
     if products < PARALLEL_FROM {
         let mut scores = Vec::new();
-        tasks.into_iter().for_each(|one| task(&mut scores, one));
+        tasks.into_iter().for_each(|task| run(&mut scores, task));
     } else {
-        tasks.into_par_iter().for_each_init(Vec::new, task);
+        tasks.into_par_iter().for_each_init(Vec::new, run);
     }
     host::tensor(y, q.shape())
 }
 
 /// What a thread does at a time, (row, first head, place of their results): heads that lie side by side, so that keys and values are
 /// read in long stretches, as many of a row as leave some tasks to each thread.
-fn tasks(y: &mut [f32], Dims { b, h, d, .. }: Dims) -> Vec<(usize, usize, &mut [f32])> {
-    let per_row = (4 * rayon::current_num_threads()).div_ceil(b);
-    let heads = h.div_ceil(per_row);
+fn cut(y: &mut [f32], Dims { b, h, d, .. }: Dims) -> Vec<(usize, usize, &mut [f32])> {
+    let per_row = (TASKS_PER_THREAD * rayon::current_num_threads()).div_ceil(b);
+    let count = h.div_ceil(per_row);
     let rows = y.chunks_exact_mut(h * d).enumerate();
     rows.flat_map(|(row, y)| {
-        let parts = y.chunks_mut(heads * d).enumerate();
-        parts.map(move |(i, y)| (row, i * heads, y))
+        let parts = y.chunks_mut(count * d).enumerate();
+        parts.map(move |(i, y)| (row, i * count, y))
     })
     .collect()
 }

@@ -139,8 +139,8 @@ impl FrozenWeight {
             WeightFormat::F16 => {
                 let weight = weight.to_dtype(DType::F16)?.contiguous()?;
                 let (storage, layout) = weight.storage_and_layout();
-                let halves = slice::<f16>(&storage, layout)?.reinterpret_cast();
-                Panels::f16(out, width, |i| halves[i])
+                let halves: &[u16] = slice::<f16>(&storage, layout)?.reinterpret_cast();
+                Panels::f16(out, width, |i, to| to.copy_from_slice(&halves[i..][..to.len()]))
             }
             WeightFormat::Q8_0 => quantised(&weight, IntKind::Q8_0, gguf_write::q8_0)?,
             WeightFormat::Q4K => quantised(&weight, IntKind::Q4K, gguf_write::q4_k)?,
@@ -187,7 +187,11 @@ impl FrozenWeight {
             GgmlDType::F16 => {
                 let bytes = tensor.data()?;
                 let halves = bytes.as_chunks::<2>().0;
-                let panels = Panels::f16(out, width, |i| u16::from_le_bytes(halves[i]));
+                let panels = Panels::f16(out, width, |i, to| {
+                    for (to, half) in to.iter_mut().zip(&halves[i..]) {
+                        *to = u16::from_le_bytes(*half);
+                    }
+                });
                 let store = Store::Panels(panels);
                 return Ok(Self::of(store, out, width));
             }
@@ -268,24 +272,40 @@ impl FrozenWeight {
     }
 }
 
-/// f32 panels of a weight of any float type, without a copy of it in between.
+/// f32 panels of a weight of any float type, without a copy of it in between if it is [`readable`] as it is.
 fn floats(weight: &Tensor, out: usize, width: usize) -> Result<Panels> {
     let weight = readable(weight)?;
     let (storage, layout) = weight.storage_and_layout();
-    Ok(match weight.dtype() {
-        DType::F16 => {
-            let halves = slice::<f16>(&storage, layout)?;
-            Panels::f32(out, width, |i| gguf_read::half_to_f32(halves[i].to_bits()))
+    let numbers = Numbers::of(&storage, layout)?;
+    Ok(Panels::f32(out, width, |first, to| numbers.read(first, to)))
+}
+
+/// Those of a [`readable`] tensor.
+#[derive(Clone, Copy)]
+enum Numbers<'a> {
+    F32(&'a [f32]),
+    F16(&'a [f16]),
+    Bf16(&'a [half::bf16]),
+}
+
+impl<'a> Numbers<'a> {
+    fn of(storage: &'a Storage, layout: &Layout) -> Result<Self> {
+        Ok(match storage.dtype() {
+            DType::F16 => Self::F16(slice(storage, layout)?),
+            DType::BF16 => Self::Bf16(slice(storage, layout)?),
+            _ => Self::F32(slice(storage, layout)?),
+        })
+    }
+
+    /// Fills `to` with the numbers from `first` on.
+    fn read(self, first: usize, to: &mut [f32]) {
+        let places = first..first + to.len();
+        match self {
+            Self::F32(all) => to.copy_from_slice(&all[places]),
+            Self::F16(all) => all[places].convert_to_f32_slice(to),
+            Self::Bf16(all) => all[places].convert_to_f32_slice(to),
         }
-        DType::BF16 => {
-            let halves = slice::<half::bf16>(&storage, layout)?;
-            Panels::f32(out, width, |i| halves[i].to_f32())
-        }
-        _ => {
-            let weights = slice::<f32>(&storage, layout)?;
-            Panels::f32(out, width, |i| weights[i])
-        }
-    })
+    }
 }
 
 /// The same numbers in a row, and in one of the types that are read here.
@@ -314,10 +334,10 @@ pub fn is_finite(tensor: &Tensor) -> Result<bool> {
     }
     let tensor = readable(tensor)?;
     let (storage, layout) = tensor.storage_and_layout();
-    Ok(match tensor.dtype() {
-        DType::F16 => all(slice::<f16>(&storage, layout)?, f16::is_finite),
-        DType::BF16 => all(slice::<half::bf16>(&storage, layout)?, half::bf16::is_finite),
-        _ => all(slice::<f32>(&storage, layout)?, f32::is_finite),
+    Ok(match Numbers::of(&storage, layout)? {
+        Numbers::F32(numbers) => all(numbers, f32::is_finite),
+        Numbers::F16(numbers) => all(numbers, f16::is_finite),
+        Numbers::Bf16(numbers) => all(numbers, half::bf16::is_finite),
     })
 }
 
@@ -327,23 +347,15 @@ fn all<T: Copy + Sync>(numbers: &[T], fine: impl Fn(T) -> bool + Sync) -> bool {
     numbers.par_chunks(PIECE).all(|part| part.iter().fold(true, |all, x| all & fine(*x)))
 }
 
-/// Quantises row by row, 32 rows at a time: no copy of the whole in f32 is made.
+/// Quantises 32 rows at a time: of a weight that is [`readable`] as it is no copy in f32 is made.
 fn quantised(weight: &Tensor, kind: IntKind, pack: fn(&[f32], &mut [u8])) -> Result<Panels> {
     let (out, width) = weight.dims2()?;
     let weight = readable(weight)?;
     let (storage, layout) = weight.storage_and_layout();
+    let numbers = Numbers::of(&storage, layout)?;
     Panels::ints(kind, out, width, |rows, bytes| {
-        let numbers = rows.start * width..rows.end * width;
-        let mut floats = vec![0f32; numbers.len()];
-        match weight.dtype() {
-            DType::F16 => {
-                slice::<f16>(&storage, layout)?[numbers].convert_to_f32_slice(&mut floats);
-            }
-            DType::BF16 => {
-                slice::<half::bf16>(&storage, layout)?[numbers].convert_to_f32_slice(&mut floats);
-            }
-            _ => floats.copy_from_slice(&slice::<f32>(&storage, layout)?[numbers]),
-        }
+        let mut floats = vec![0f32; rows.len() * width];
+        numbers.read(rows.start * width, &mut floats);
         pack(&floats, bytes);
         Ok(())
     })

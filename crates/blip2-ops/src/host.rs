@@ -279,7 +279,8 @@ pub(crate) fn column_sums(matrix: &[f32], width: usize) -> Vec<f32> {
     sums
 }
 
-/// Lanes of the partial sums of a reduction. Fixed, so that the rounding is the same on every machine.
+/// Lanes of the partial sums of a reduction. Fixed, so that the rounding is the same on every machine with fused multiply-adds
+/// (but that of [`dots`] and [`dot_of_vectors`], which have those of its vectors).
 const LANES: usize = 32;
 
 /// Sum in [`LANES`] partial sums.
@@ -352,25 +353,27 @@ pub(crate) fn dots(x: &[f32], w: &[f32], out: &mut [f32]) {
     }
 }
 
-/// Dot product in a partial sum for each lane of a vector.
+/// Dot product of few numbers, in a partial sum for each lane of the machine's vectors: many of them are in flight together.
 #[inline(always)]
 pub(crate) fn dot_of_vectors<S: pulp::Simd>(simd: S, x: &[f32], y: &[f32]) -> f32 {
+    debug_assert_eq!(x.len(), y.len());
     let ((xs, x_rest), (ys, y_rest)) = (S::as_simd_f32s(x), S::as_simd_f32s(y));
     let mut sum = simd.splat_f32s(0.0);
     for (x, y) in xs.iter().zip(ys) {
-        sum = simd.mul_add_f32s(*x, *y, sum);
+        sum = simd.mul_add_e_f32s(*x, *y, sum);
     }
     let tail: f32 = x_rest.iter().zip(y_rest).map(|(x, y)| x * y).sum();
     simd.reduce_sum_f32s(sum) + tail
 }
 
-/// `y += factor x`.
+/// `y += factor x`, where a vector is full in one rounding if the machine can.
 #[inline(always)]
 pub(crate) fn add_scaled<S: pulp::Simd>(simd: S, factor: f32, x: &[f32], y: &mut [f32]) {
+    debug_assert_eq!(x.len(), y.len());
     let ((xs, x_rest), (ys, y_rest)) = (S::as_simd_f32s(x), S::as_mut_simd_f32s(y));
     let all = simd.splat_f32s(factor);
     for (x, y) in xs.iter().zip(ys) {
-        *y = simd.mul_add_f32s(all, *x, *y);
+        *y = simd.mul_add_e_f32s(all, *x, *y);
     }
     for (x, y) in x_rest.iter().zip(y_rest) {
         *y += factor * x;
@@ -393,13 +396,13 @@ impl pulp::WithSimd for Dot<'_> {
         let (xs, x_few) = x.as_chunks::<4>();
         let (ws, w_few) = w.as_chunks::<4>();
         for (x, w) in xs.iter().zip(ws) {
-            sums[0] = simd.mul_add_f32s(x[0], w[0], sums[0]);
-            sums[1] = simd.mul_add_f32s(x[1], w[1], sums[1]);
-            sums[2] = simd.mul_add_f32s(x[2], w[2], sums[2]);
-            sums[3] = simd.mul_add_f32s(x[3], w[3], sums[3]);
+            sums[0] = simd.mul_add_e_f32s(x[0], w[0], sums[0]);
+            sums[1] = simd.mul_add_e_f32s(x[1], w[1], sums[1]);
+            sums[2] = simd.mul_add_e_f32s(x[2], w[2], sums[2]);
+            sums[3] = simd.mul_add_e_f32s(x[3], w[3], sums[3]);
         }
         for (x, w) in x_few.iter().zip(w_few) {
-            sums[0] = simd.mul_add_f32s(*x, *w, sums[0]);
+            sums[0] = simd.mul_add_e_f32s(*x, *w, sums[0]);
         }
         let sum = simd.add_f32s(simd.add_f32s(sums[0], sums[1]), simd.add_f32s(sums[2], sums[3]));
         let tail: f32 = x_rest.iter().zip(w_rest).map(|(x, w)| x * w).sum();
@@ -426,21 +429,21 @@ impl pulp::WithSimd for Dot4<'_> {
         let mut i = 0;
         while i + 1 < n {
             let (v, u) = (w[i], w[i + 1]);
-            sums[0] = simd.mul_add_f32s(a.0[i], v, sums[0]);
-            sums[1] = simd.mul_add_f32s(b.0[i], v, sums[1]);
-            sums[2] = simd.mul_add_f32s(c.0[i], v, sums[2]);
-            sums[3] = simd.mul_add_f32s(d.0[i], v, sums[3]);
-            sums[4] = simd.mul_add_f32s(a.0[i + 1], u, sums[4]);
-            sums[5] = simd.mul_add_f32s(b.0[i + 1], u, sums[5]);
-            sums[6] = simd.mul_add_f32s(c.0[i + 1], u, sums[6]);
-            sums[7] = simd.mul_add_f32s(d.0[i + 1], u, sums[7]);
+            sums[0] = simd.mul_add_e_f32s(a.0[i], v, sums[0]);
+            sums[1] = simd.mul_add_e_f32s(b.0[i], v, sums[1]);
+            sums[2] = simd.mul_add_e_f32s(c.0[i], v, sums[2]);
+            sums[3] = simd.mul_add_e_f32s(d.0[i], v, sums[3]);
+            sums[4] = simd.mul_add_e_f32s(a.0[i + 1], u, sums[4]);
+            sums[5] = simd.mul_add_e_f32s(b.0[i + 1], u, sums[5]);
+            sums[6] = simd.mul_add_e_f32s(c.0[i + 1], u, sums[6]);
+            sums[7] = simd.mul_add_e_f32s(d.0[i + 1], u, sums[7]);
             i += 2;
         }
         if i < n {
-            sums[0] = simd.mul_add_f32s(a.0[i], w[i], sums[0]);
-            sums[1] = simd.mul_add_f32s(b.0[i], w[i], sums[1]);
-            sums[2] = simd.mul_add_f32s(c.0[i], w[i], sums[2]);
-            sums[3] = simd.mul_add_f32s(d.0[i], w[i], sums[3]);
+            sums[0] = simd.mul_add_e_f32s(a.0[i], w[i], sums[0]);
+            sums[1] = simd.mul_add_e_f32s(b.0[i], w[i], sums[1]);
+            sums[2] = simd.mul_add_e_f32s(c.0[i], w[i], sums[2]);
+            sums[3] = simd.mul_add_e_f32s(d.0[i], w[i], sums[3]);
         }
         let rest = [a.1, b.1, c.1, d.1];
         std::array::from_fn(|r| {
@@ -508,16 +511,17 @@ fn fold(mut acc: [f32; LANES]) -> f32 {
     acc[0]
 }
 
+/// 1.5 * 2^23: a number added to it becomes the nearest integer, ties to even, which is left in the low bits.
+pub(crate) const TO_INTEGER: f32 = 12_582_912.0;
+
 /// e^x to about 2 units in the last place; 0 below the smallest normal number.
 #[inline(always)]
 pub(crate) fn exp(f: Fma, x: f32) -> f32 {
-    // 1.5 * 2^23: adding it rounds to the nearest integer, which is left in the low mantissa bits.
-    const ROUND: f32 = 12_582_912.0;
     // ln 2 in two parts; the product of the first with any exponent is exact.
     const LN2_HIGH: f32 = 0.693_359_4;
     const LN2_LOW: f32 = -2.121_944_4e-4;
-    let shifted = f.of(x.clamp(-87.3, 88.7), std::f32::consts::LOG2_E, ROUND);
-    let n = shifted - ROUND;
+    let shifted = f.of(x.clamp(-87.3, 88.7), std::f32::consts::LOG2_E, TO_INTEGER);
+    let n = shifted - TO_INTEGER;
     let r = f.of(n, -LN2_LOW, f.of(n, -LN2_HIGH, x));
     // Taylor's series to r^7 leaves 2e-9 on |r| <= ln(2)/2.
     let p = f.of(1.0 / 5040.0, r, 1.0 / 720.0);

@@ -143,7 +143,7 @@ thread_local! {
 
 #[derive(Default)]
 struct Place {
-    lines: Vec<SplitBlock>,
+    splits: Vec<SplitBlock>,
     scales: Vec<f32>,
     sums: Vec<f32>,
 }
@@ -165,14 +165,14 @@ impl ByteRows {
         let (height, blocks) = (n.div_ceil(n.div_ceil(ROWS)), width / BLOCK);
         let mut rows = Self { tiles, place: PLACE.take(), n, height, blocks };
         let len = rows.padded() * blocks;
-        lengthen(&mut rows.place.lines, len, SplitBlock::EMPTY);
+        lengthen(&mut rows.place.splits, len, SplitBlock::EMPTY);
         lengthen(&mut rows.place.scales, len, 0.0);
         lengthen(&mut rows.place.sums, len, 0.0);
         let chunks = chunks(width, INT_CHUNK);
         let tiles: Vec<_> = (0..n).step_by(height).map(|row| row..row + height).collect();
-        let Place { lines, scales, sums } = &mut rows.place;
+        let Place { splits, scales, sums } = &mut rows.place;
         let places = Places {
-            integers: &mut lines[..len],
+            integers: &mut splits[..len],
             scales: &mut scales[..len],
             sums: &mut sums[..len],
         };
@@ -194,7 +194,7 @@ impl ByteRows {
         room: &mut Room,
         out: &mut [Row],
     ) {
-        let Place { lines, scales, sums } = &self.place;
+        let Place { splits, scales, sums } = &self.place;
         let per_chunk = units_of(kind, INT_CHUNK);
         for first in (0..self.blocks).step_by(INT_CHUNK / BLOCK) {
             let count = (INT_CHUNK / BLOCK).min(self.blocks - first);
@@ -204,7 +204,7 @@ impl ByteRows {
             let start = first * self.padded();
             let part = start..start + weights.len() * self.padded();
             let chunk = Chunk {
-                lines: &lines[part.clone()],
+                splits: &splits[part.clone()],
                 scales: &scales[part.clone()],
                 sums: &sums[part],
                 height: self.height,
@@ -218,7 +218,7 @@ impl ByteRows {
 
 /// Some blocks of all tiles, and the weights that belong to them.
 struct Chunk<'a> {
-    lines: &'a [SplitBlock],
+    splits: &'a [SplitBlock],
     scales: &'a [f32],
     sums: &'a [f32],
     height: usize,
@@ -321,13 +321,13 @@ mod x86 {
         // The first of a tile's blocks has no time for it.
         let steps = (2 * (blocks - 1) * out.len().div_ceil(R)).max(1);
         let mut next = chunk.next.chunks(chunk.next.len().div_ceil(steps).max(1));
-        let lines = chunk.lines.as_chunks::<R>().0.chunks_exact(blocks);
+        let splits = chunk.splits.as_chunks::<R>().0.chunks_exact(blocks);
         let scales = chunk.scales.as_chunks::<R>().0.chunks_exact(blocks);
         let of_x = chunk.sums.as_chunks::<R>().0.chunks_exact(blocks);
-        for (((lines, scales), sums_of_x), out) in
-            lines.zip(scales).zip(of_x).zip(out.chunks_mut(R))
+        for (((splits, scales), sums_of_x), out) in
+            splits.zip(scales).zip(of_x).zip(out.chunks_mut(R))
         {
-            let tile = Tile { lines, scales, sums: sums_of_x, weights: chunk.weights };
+            let tile = Tile { splits, scales, sums: sums_of_x, weights: chunk.weights };
             for half in 0..2 {
                 let mut results = [_mm512_setzero_ps(); R];
                 for (result, out) in results.iter_mut().zip(&*out) {
@@ -346,7 +346,7 @@ mod x86 {
 
     /// Some blocks of R rows.
     struct Tile<'a, const R: usize> {
-        lines: &'a [[SplitBlock; R]],
+        splits: &'a [[SplitBlock; R]],
         scales: &'a [[f32; R]],
         sums: &'a [[f32; R]],
         weights: &'a [Ints<Quads>],
@@ -370,16 +370,16 @@ mod x86 {
             let [now, before] = &mut sums.each_mut();
             // SAFETY: as asked for.
             unsafe {
-                upper_bytes(&self.lines[0], &self.weights[0].q, half);
-                lower_bytes(&self.lines[0]);
+                upper_bytes(&self.splits[0], &self.weights[0].q, half);
+                lower_bytes(&self.splits[0]);
                 store_upper(before);
                 store_lower(before);
                 for block in 1..self.weights.len() {
                     next.next().unwrap_or_default().iter().for_each(ask_for);
-                    let (lines, weights) = (&self.lines[block], &self.weights[block].q);
-                    upper_bytes(lines, weights, half);
+                    let (splits, weights) = (&self.splits[block], &self.weights[block].q);
+                    upper_bytes(splits, weights, half);
                     self.scale::<OFFSETS>(block - 1, half, 0, before, results);
-                    lower_bytes(lines);
+                    lower_bytes(splits);
                     self.scale::<OFFSETS>(block - 1, half, 1, before, results);
                     store_upper(now);
                     self.scale::<OFFSETS>(block - 1, half, 2, before, results);
@@ -427,16 +427,16 @@ mod x86 {
     #[expect(unsafe_code, reason = "tiles are loaded through pointers")]
     #[inline]
     #[target_feature(enable = "avx512f")]
-    unsafe fn upper_bytes<const R: usize>(lines: &[SplitBlock; R], weights: &Quads, half: usize) {
-        // SAFETY: they read half of each of R lines, and half of each of eight rows of weights.
+    unsafe fn upper_bytes<const R: usize>(splits: &[SplitBlock; R], weights: &Quads, half: usize) {
+        // SAFETY: they read half of each of R splits, and half of each of eight rows of weights.
         unsafe {
             asm!(
                 "tileloadd tmm6, [{weights} + {two_lines}]",
-                "tileloadd tmm4, [{lines} + {line}]",
+                "tileloadd tmm4, [{splits} + {line}]",
                 "tilezero tmm0",
                 "tdpbssd tmm0, tmm4, tmm6",
                 weights = in(reg) (&raw const *weights).cast::<u8>().add(half * LINE),
-                lines = in(reg) lines,
+                splits = in(reg) splits,
                 line = in(reg) LINE,
                 two_lines = in(reg) 2 * LINE,
                 out("tmm0") _, out("tmm4") _, out("tmm6") _,
@@ -452,14 +452,14 @@ mod x86 {
     #[expect(unsafe_code, reason = "tiles are loaded through pointers")]
     #[inline]
     #[target_feature(enable = "avx512f")]
-    unsafe fn lower_bytes<const R: usize>(lines: &[SplitBlock; R]) {
-        // SAFETY: they read the other half of each of R lines.
+    unsafe fn lower_bytes<const R: usize>(splits: &[SplitBlock; R]) {
+        // SAFETY: they read the other half of each of R splits.
         unsafe {
             asm!(
-                "tileloadd tmm5, [{lines} + {line} + 32]",
+                "tileloadd tmm5, [{splits} + {line} + 32]",
                 "tilezero tmm1",
                 "tdpbusd tmm1, tmm5, tmm6",
-                lines = in(reg) lines,
+                splits = in(reg) splits,
                 line = in(reg) LINE,
                 out("tmm1") _, out("tmm5") _,
                 options(nostack, readonly),

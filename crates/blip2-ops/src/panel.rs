@@ -17,6 +17,8 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
+use bytemuck::Zeroable;
+use bytemuck::allocation::zeroed_vec;
 use rayon::prelude::*;
 
 use crate::amx::STEP;
@@ -64,14 +66,14 @@ enum Store {
 }
 
 impl Panels {
-    /// Of f32 weights, which `weight` gives by their place, counted row by row.
-    pub(crate) fn f32(out: usize, width: usize, weight: impl Fn(usize) -> f32 + Sync) -> Self {
-        Self { store: Store::F32(interleave(out, width, weight)), out, width }
+    /// Of f32 weights: `read` gives those from a place on, counted row by row, a row or a part of one.
+    pub(crate) fn f32(out: usize, width: usize, read: impl Fn(usize, &mut [f32]) + Sync) -> Self {
+        Self { store: Store::F32(interleave(out, width, read)), out, width }
     }
 
     /// Of the bits of halves, likewise.
-    pub(crate) fn f16(out: usize, width: usize, weight: impl Fn(usize) -> u16 + Sync) -> Self {
-        Self { store: Store::F16(interleave(out, width, weight)), out, width }
+    pub(crate) fn f16(out: usize, width: usize, read: impl Fn(usize, &mut [u16]) + Sync) -> Self {
+        Self { store: Store::F16(interleave(out, width, read)), out, width }
     }
 
     /// Of quantised rows: `fill` writes the bytes of the rows it is asked for, 32 or fewer.
@@ -85,7 +87,7 @@ impl Panels {
         fill: impl Fn(Range<usize>, &mut [u8]) -> Result<(), E> + Sync,
     ) -> Result<Self, E> {
         let per_row = kind.row_bytes(width);
-        let mut units = vec![[0u8; 2 * COLUMNS]; out.div_ceil(COLUMNS) * (per_row / 2)];
+        let mut units: Vec<Unit> = zeroed_vec(out.div_ceil(COLUMNS) * (per_row / 2));
         units.par_chunks_mut((per_row / 2).max(1)).enumerate().try_for_each_init(
             || vec![0u8; COLUMNS * per_row],
             |rows, (panel, units)| {
@@ -419,20 +421,25 @@ fn unpack_floats(isa: Isa, kind: IntKind, units: &[Unit], out: &mut [Row]) {
 }
 
 /// `weights (out, width)` as `(panels, width, 32)`; columns that are missing in the last panel are zero.
-fn interleave<T: Copy + Default + Send>(
+fn interleave<T: Zeroable + Copy + Send>(
     out: usize,
     width: usize,
-    weight: impl Fn(usize) -> T + Sync,
+    read: impl Fn(usize, &mut [T]) + Sync,
 ) -> Vec<[T; COLUMNS]> {
     /// Positions along k for which 32 rows fit the first-level cache.
     const STRIP: usize = 64;
-    let mut panels = vec![[T::default(); COLUMNS]; out.div_ceil(COLUMNS) * width];
+    // `vec!` would write the zeros, with one thread.
+    let mut panels: Vec<[T; COLUMNS]> = zeroed_vec(out.div_ceil(COLUMNS) * width);
     panels.par_chunks_mut(width.max(1)).enumerate().for_each(|(panel, rows)| {
+        let columns = panel * COLUMNS..out.min((panel + 1) * COLUMNS);
+        let mut lines = [[T::zeroed(); STRIP]; COLUMNS];
         for (strip, rows) in rows.chunks_mut(STRIP).enumerate() {
-            for c in 0..COLUMNS.min(out - panel * COLUMNS) {
-                let first = (panel * COLUMNS + c) * width + strip * STRIP;
-                for (k, row) in rows.iter_mut().enumerate() {
-                    row[c] = weight(first + k);
+            for (line, column) in lines.iter_mut().zip(columns.clone()) {
+                read(column * width + strip * STRIP, &mut line[..rows.len()]);
+            }
+            for (k, row) in rows.iter_mut().enumerate() {
+                for (weight, line) in row.iter_mut().zip(&lines) {
+                    *weight = line[k];
                 }
             }
         }
@@ -651,8 +658,8 @@ mod tests {
             Panels::ints(kind, out, width, fill).unwrap()
         };
         vec![
-            Panels::f32(out, width, |i| dense[i]),
-            Panels::f16(out, width, |i| halves[i]),
+            Panels::f32(out, width, |i, to| to.copy_from_slice(&dense[i..][..to.len()])),
+            Panels::f16(out, width, |i, to| to.copy_from_slice(&halves[i..][..to.len()])),
             ints(IntKind::Q8_0, 608, 1),
             ints(IntKind::Q4_0, 608, 1),
             ints(IntKind::Q4_1, 608, 2),
@@ -773,7 +780,8 @@ mod tests {
 
     #[test]
     fn rows_lie_where_larger_ones_lay() {
-        let narrow = Panels::f32(40, 35, |i| i as f32);
+        let count = |i, to: &mut [f32]| to.iter_mut().zip(i..).for_each(|(to, i)| *to = i as f32);
+        let narrow = Panels::f32(40, 35, count);
         for panels in all().into_iter().chain([narrow]) {
             for (n, arithmetic) in [(1, BOTH[0]), (2, BOTH[0]), (15, BOTH[0]), (15, BOTH[1])] {
                 let x = numbers(5, n * panels.width);

@@ -50,6 +50,29 @@ fn products_equal_those_with_the_dequantised_weight() {
     }
 }
 
+/// However the numbers lie, and whatever type they have.
+#[test]
+fn weights_are_quantised_as_by_the_reference() {
+    // The last panel is not full.
+    let dense = numbers(1, &[150, 512]);
+    let of_type = |dtype| dense.to_dtype(dtype).unwrap();
+    let transposed = dense.t().unwrap().contiguous().unwrap();
+    let narrowed = numbers(2, &[400, 512]).narrow(0, 77, 150).unwrap();
+    let mut weights = [DType::F32, DType::F16, DType::BF16, DType::F64].map(of_type).to_vec();
+    weights.extend([transposed.t().unwrap(), narrowed]);
+    for (format, dtype) in
+        [(WeightFormat::Q8_0, GgmlDType::Q8_0), (WeightFormat::Q4K, GgmlDType::Q4K)]
+    {
+        for (i, weight) in weights.iter().enumerate() {
+            let copy = weight.to_dtype(DType::F32).unwrap().force_contiguous().unwrap();
+            let expected = QTensor::quantize(&copy, dtype).unwrap();
+            let kept = FrozenWeight::new(weight, format).unwrap().dequantize().unwrap();
+            let expected = expected.dequantize(&Device::Cpu).unwrap();
+            assert_eq!(list(&kept), list(&expected), "{format}, weight {i}");
+        }
+    }
+}
+
 /// More outputs than a chunk of the backward product has, more rows than are packed at once, and widths that are no multiple of a
 /// panel's.
 #[test]

@@ -383,6 +383,59 @@ fn a_cached_step_is_attention_and_refuses_what_it_cannot_do() {
     fails(cached_attention(&tracked, &[segment(&[0, 1, 0])], None, HEADS), &["no gradient"]);
 }
 
+/// Heads are shared out in stretches, whose number depends on that of the rows.
+#[test]
+fn a_cached_row_is_attention_whatever_the_shape_and_its_neighbours() {
+    for (b, heads, kv_heads, d) in [(1, 12, 12, 80), (16, 12, 4, 64), (3, 8, 2, 20), (2, 3, 3, 7)] {
+        let heads = Heads { heads, kv_heads, scale: 0.3 };
+        let width = kv_heads * d;
+        let q = numbers(1, &[b, 1, heads.heads * d]);
+        let segments: Vec<_> = [33, 1, 0, 2]
+            .into_iter()
+            .enumerate()
+            .map(|(i, t)| Segment {
+                k: numbers(2 + i as u64, &[b, t, width]),
+                v: numbers(20 + i as u64, &[b, t, width]),
+                // Beams change places.
+                rows: (0..b).map(|row| ((row + i) % b) as u32).collect(),
+            })
+            .collect();
+        let all = |part: fn(&Segment) -> &Tensor| {
+            let parts = segments.iter().map(|segment| {
+                let rows = Tensor::new(segment.rows.as_slice(), &Device::Cpu).unwrap();
+                part(segment).index_select(&rows, 0).unwrap()
+            });
+            Tensor::cat(&parts.collect::<Vec<_>>(), 1).unwrap()
+        };
+        let (k, v) = (all(|segment| &segment.k), all(|segment| &segment.v));
+        for shape in [[1, 1, 1, 36], [b, 1, 1, 1], [b, heads.heads, 1, 36]] {
+            let bias = Some(numbers(39, &shape));
+            let y = cached_attention(&q, &segments, bias.as_ref(), heads).unwrap();
+            close("cached", &y, &attention(&q, &k, &v, bias.as_ref(), heads, None).unwrap(), 1e-5);
+        }
+
+        let bias = numbers(40, &[b, heads.heads, 1, 36]);
+        let step = || list(&cached_attention(&q, &segments, Some(&bias), heads).unwrap());
+        let y = step();
+        for threads in [1, 2, 3] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            assert_eq!(y, pool.install(step), "{threads} threads");
+        }
+
+        for (row, y) in y.chunks(y.len() / b).enumerate() {
+            let one =
+                |segment: &Segment| Segment { rows: vec![segment.rows[row]], ..segment.clone() };
+            let segments: Vec<_> = segments.iter().map(one).collect();
+            let [q, bias] = [&q, &bias].map(|tensor| tensor.narrow(0, row, 1).unwrap());
+            let alone = cached_attention(&q, &segments, Some(&bias), heads).unwrap();
+            assert_eq!(list(&alone), y, "row {row} of {b}");
+        }
+        let nothing = cached_attention(&q, &segments[2..3], None, heads).unwrap();
+        assert_eq!(nothing.dims(), q.dims());
+        assert!(list(&nothing).iter().all(|y| *y == 0.0));
+    }
+}
+
 #[test]
 fn what_is_not_finite_is_found_in_every_type() {
     for dtype in [DType::F32, DType::F16, DType::BF16] {
