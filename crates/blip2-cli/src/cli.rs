@@ -102,7 +102,7 @@ impl FromStr for Weights {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         match text {
             "auto" => Ok(Self(None)),
-            _ => Ok(Self(Some(text.parse().map_err(|err: candle_core::Error| err.to_string())?))),
+            _ => Ok(Self(Some(text.parse()?))),
         }
     }
 }

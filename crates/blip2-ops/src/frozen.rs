@@ -83,13 +83,13 @@ impl fmt::Display for WeightFormat {
 }
 
 impl FromStr for WeightFormat {
-    type Err = candle_core::Error;
+    /// What is wrong, for whoever typed it.
+    type Err = String;
 
-    fn from_str(name: &str) -> Result<Self> {
-        match Self::ALL.into_iter().find(|f| f.as_str() == name) {
-            Some(format) => Ok(format),
-            None => bail!("unknown weight format {name:?}: choose f32, f16, q8_0 or q4_k"),
-        }
+    fn from_str(name: &str) -> std::result::Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|format| format.as_str() == name);
+        found
+            .ok_or_else(|| format!("unknown weight format {name:?}: choose f32, f16, q8_0 or q4_k"))
     }
 }
 
