@@ -160,16 +160,7 @@ impl Attention {
             |f| {
                 for (i, row) in p.chunks_exact_mut(tk).enumerate() {
                     if let Some(bias) = x.bias {
-                        let at = b * strides[0] + head * strides[1] + i * strides[2];
-                        if strides[3] == 0 {
-                            for s in row.iter_mut() {
-                                *s += bias[at];
-                            }
-                        } else {
-                            for (s, b) in row.iter_mut().zip(&bias[at..at + tk]) {
-                                *s += b;
-                            }
-                        }
+                        add_bias(bias, strides, [b, head, i], row);
                     }
                     soft_max(f, row);
                 }
@@ -293,6 +284,22 @@ fn blocks(
         all.extend(views.into_iter().enumerate().map(|(i, view)| (b, i, view)));
     }
     all
+}
+
+/// Adds what a [`Bias`] of these values and strides holds for `[batch, head, query]`.
+#[inline(always)]
+pub(crate) fn add_bias(bias: &[f32], strides: [usize; 4], place: [usize; 3], scores: &mut [f32]) {
+    let at = place[0] * strides[0] + place[1] * strides[1] + place[2] * strides[2];
+    if strides[3] == 0 {
+        for score in scores.iter_mut() {
+            *score += bias[at];
+        }
+    } else {
+        let along = at..at + scores.len();
+        for (score, b) in scores.iter_mut().zip(&bias[along]) {
+            *score += b;
+        }
+    }
 }
 
 /// Soft-max of one row in place; a row of only -inf becomes zeros.

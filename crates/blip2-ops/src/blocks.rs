@@ -32,7 +32,7 @@ impl IntKind {
     }
 
     /// Bytes of a block.
-    pub(crate) fn bytes(self) -> usize {
+    pub(crate) const fn bytes(self) -> usize {
         match self {
             Self::Q8_0 => 34,
             Self::Q4_0 => 18,

@@ -8,7 +8,7 @@
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
-use crate::attention::{Bias, Dims, Heads, soft_max};
+use crate::attention::{Bias, Dims, Heads, add_bias, soft_max};
 use crate::host::{self, Fma, Host};
 use crate::work;
 
@@ -168,7 +168,9 @@ impl pulp::WithSimd for RowHeads<'_> {
             }
         }
         for (i, scores) in scores.chunks_exact_mut(tk).enumerate() {
-            call.add_bias(row, first + i, scores);
+            if let Some((bias, strides)) = call.bias {
+                add_bias(bias, strides, [row, first + i, 0], scores);
+            }
             soft_max(Fma::with::<S>(), scores);
         }
         for (position, v) in call.positions(row, |piece| &piece.v).enumerate() {
@@ -193,14 +195,5 @@ impl Call<'_> {
             let size = piece.t * width;
             part(piece)[piece.rows[row] as usize * size..][..size].chunks_exact(width)
         })
-    }
-
-    #[inline(always)]
-    fn add_bias(&self, row: usize, head: usize, scores: &mut [f32]) {
-        let Some((bias, strides)) = self.bias else { return };
-        let at = row * strides[0] + head * strides[1];
-        for (j, score) in scores.iter_mut().enumerate() {
-            *score += bias[at + j * strides[3]];
-        }
     }
 }

@@ -2,11 +2,12 @@
 //! Q4_K that are all the same, and not zero, become zeros there; here they count for the block's scale and minimum as any others do. (And the
 //! scale of eight minimums that are zero is a zero without a sign; there the compiler decides.)
 //!
-//! Candle takes one number after the other: OPT-2.7B in q4_k had its first caption after 71 s, and now has it after 14. Here many sub-blocks are fitted
+//! Candle takes one number after the other: OPT-2.7B in q4_k had its first caption after 71 s, and now has it after 13. Here many sub-blocks are fitted
 //! side by side, a lane each: sums are taken in the same order, so that they are the same.
 
 use half::f16;
 
+use crate::blocks::IntKind;
 use crate::host::{TO_INTEGER, simd};
 
 /// Numbers that share a scale.
@@ -14,8 +15,8 @@ const SUB: usize = 32;
 /// Sub-blocks of a block of Q4_K.
 const SUBS: usize = 8;
 /// Bytes of a block of Q8_0, and of one of Q4_K.
-const Q8_0: usize = 34;
-const Q4_K: usize = 144;
+const Q8_0: usize = IntKind::Q8_0.bytes();
+const Q4_K: usize = IntKind::Q4K.bytes();
 /// How often a sub-block's scale and minimum are fitted to its integers.
 const FITS: usize = 5;
 /// The largest integer of Q4_K.
